@@ -1,0 +1,85 @@
+# Speaks, tests and cleans up; makes its own .venv on the way, with the versions of constraints.txt.
+# Wants Python 3.11 to 3.13 (the first of $PYTHON, python3.13, python3.12, python3.11, python3 that fits) and POSIX tools.
+
+TEXT = Hello there. How can I help you today?
+OUT = hello.wav
+ARGS =
+VENV = .venv
+NEEDED_GB = 3
+# Where to take torch from; empty: pip's own index. A Linux machine without a card saves gigabytes by naming an index of
+# CPU wheels.
+TORCH_INDEX ?=
+
+# Through the environment, so that quotes and dollars of the text reach the program as they were typed.
+export SAY_TEXT = $(value TEXT)
+export SAY_OUT = $(value OUT)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+PY = $(VENV)/bin/python
+CODE = $(wildcard megakernel pipecat_qwen3 bench bots tests)
+
+.DEFAULT_GOAL = help
+.PHONY: say test test-slow parity lint format clean help
+
+say: $(VENV)/installed ## speak TEXT="…" into OUT=hello.wav; ARGS="--seed 7" are passed on
+	@$(PY) -m pipecat_qwen3 say -o "$$SAY_OUT" $(ARGS) -- "$$SAY_TEXT"
+
+test: lint ## lint, types, and all tests but the slow ones; ARGS="-k codec" are passed on to pytest
+	$(PY) -m pytest $(ARGS)
+
+test-slow: $(VENV)/installed-dev ## the tests that take minutes
+	$(PY) -m pytest -m slow $(ARGS)
+
+parity: $(VENV)/installed-dev ## compare with the official qwen-tts package, installed into a venv of its own
+	$(PY) tests/parity.py $(ARGS)
+
+lint: $(VENV)/installed-dev ## ruff and pyright
+	$(PY) -m ruff check $(CODE)
+	$(PY) -m ruff format --check $(CODE)
+	$(PY) -m pyright --pythonpath $(PY)
+
+format: $(VENV)/installed-dev ## let ruff rewrite the code
+	$(PY) -m ruff check --fix $(CODE)
+	$(PY) -m ruff format $(CODE)
+
+clean: ## remove what make made: the venvs, caches, build outputs
+	rm -rf $(VENV) .parity build dist .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# -- the virtual environment; the stamps spare a second call all of pip ---------------------------------------------
+
+SUITS = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PIP_INSTALL = $(PY) -m pip install -q -c constraints.txt
+
+# $(call quietly,what is installed,command): pip's noise is shown only if it fails
+define quietly
+@echo "installing $(1) into $(VENV)" >&2
+@$(2) >$(VENV)/pip.log 2>&1 || { tail -n 30 $(VENV)/pip.log >&2; \
+	echo "could not install $(1): see the lines above, or $(VENV)/pip.log" >&2; exit 1; }
+endef
+
+$(PY):
+	@free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }'); \
+	if [ "$$free" -lt $(NEEDED_GB) ]; then \
+		echo "$(VENV) needs about $(NEEDED_GB) GB, but $$free GB are free here; make room, or set VENV=/elsewhere" >&2; exit 1; \
+	fi; \
+	for python in $$PYTHON python3.13 python3.12 python3.11 python3; do \
+		if "$$python" -c '$(SUITS)' 2>/dev/null; then \
+			echo "making $(VENV) with $$("$$python" -V); this takes a few minutes, once" >&2; exec "$$python" -m venv --clear $(VENV); \
+		fi; \
+	done; \
+	case $$(uname -s) in Darwin) fix="brew install python@3.13" ;; *) fix="sudo apt-get install python3 python3-venv" ;; esac; \
+	echo "no Python 3.11 to 3.13 with its venv module was found; install one ($$fix) or set PYTHON=/path/to/python" >&2; exit 1
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(PY)
+	@$(PY) -m pip -V >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
+	$(call quietly,torch,$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch)
+	$(call quietly,pipecat-qwen3 and what it needs,$(PIP_INSTALL) -e .)
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(call quietly,the test tools,$(PIP_INSTALL) -e '.[dev]')
+	@touch $@

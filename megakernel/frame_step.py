@@ -1,0 +1,297 @@
+"""FrameStep: the one call everything above uses to advance voices by a frame, and its torch implementation.
+
+In go resident rows, their prompts and one text embedding a column; out come C codes a column. FrameStep owns, per
+resident row: KV, position, pending input, history, frame number, seed, sampling parameters, done flag.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megakernel import reference
+from megakernel.reference import FrameWeights
+from megakernel.sampler import Knobs, Sampling, knobs, pick, restrict, uniforms
+from megakernel.shape import Shape
+
+PIECE = 16
+"""Positions of one prefill call at most; every piece is padded to it, so that its products have one row count."""
+
+BACKENDS = ("auto", "persistent", "graph", "torch")
+
+
+class UnavailableError(RuntimeError):
+    """A launcher that was asked for by name and cannot be had here."""
+
+
+def pick_backend(wanted: str, device: str) -> tuple[str, str]:
+    """The launcher to use and why not a better one. Raises UnavailableError for a name that cannot be had."""
+    if wanted not in BACKENDS:
+        raise UnavailableError(f"backend should be one of {', '.join(BACKENDS)}, but is {wanted!r}")
+    reason = "the CUDA launchers (persistent, graph) are not part of this version"
+    if device != "cuda":
+        reason = f"the CUDA launchers (persistent, graph) need an NVIDIA GPU and the device is {device}"
+    if wanted in ("persistent", "graph"):
+        raise UnavailableError(f"backend {wanted!r} cannot be had: {reason}; use --backend torch or auto")
+    return "torch", reason if wanted == "auto" else "asked for by name"
+
+
+class FrameStep(ABC):
+    """Resident voices, advanced together.
+
+    rows       S, voices that can be resident
+    columns    voices that one step can advance at most
+    positions  P, prompt and frames that one row can hold
+    """
+
+    rows: int
+    columns: int
+    positions: int
+
+    @abstractmethod
+    def admit(self, row: int, pending: Tensor, seed: int, sampling: Sampling) -> None:
+        """Give a free row to a voice: pending [H] is its next input without the text embedding. Position is 0."""
+
+    @abstractmethod
+    def prefill(self, row: int, embeds: Tensor) -> None:
+        """Append up to 16 prompt positions [T, H] to the row's KV."""
+
+    @abstractmethod
+    def save_prefix(self, row: int) -> Tensor:
+        """A copy of everything prefilled into the row so far."""
+
+    @abstractmethod
+    def load_prefix(self, row: int, prefix: Tensor) -> None:
+        """Start a freshly admitted row from a saved prefix."""
+
+    @abstractmethod
+    def step(self, rows: Sequence[int], text: Tensor) -> Tensor:
+        """Advance the named rows one frame.
+
+        rows     up to `columns` row numbers; a row that is not named is neither read nor written
+        text     [len(rows), H], what each voice's text adds to its pending input
+        returns  [len(rows), C] int64 on the device; code 0 = EOS says that the speech is over and the other codes of
+                 that row mean nothing. A row stays done until it is admitted again
+        """
+
+    @abstractmethod
+    def release(self, row: int) -> None:
+        """Free a row; what it held may be overwritten."""
+
+    @abstractmethod
+    def position(self, row: int) -> int:
+        """Positions that the row holds."""
+
+
+@dataclass
+class _Row:
+    position: int
+    frame: int
+    seed: int
+    sampling: Sampling
+
+
+class TorchFrameStep(FrameStep):
+    """The frame in plain torch, on any device.
+
+    Products run over 8, 16 or 32 rows, whichever holds the named voices (one row if only one voice fits at all):
+    torch's CPU products give the same bits for a row at these counts, and other bits for fewer rows. Attention reads
+    each voice's own length, since another length gives other bits too. So a voice's codes do not depend on its company.
+    """
+
+    def __init__(self, weights: FrameWeights, shape: Shape, rows: int, columns: int, positions: int) -> None:
+        self.weights, self.shape = weights, shape
+        self.rows, self.columns, self.positions = rows, columns, positions
+        device, dtype = weights.codec_head.device, weights.codec_head.dtype
+        talker, predictor = shape.talker, shape.predictor
+        self.widths = _widths(weights, columns)
+        self.kv = torch.zeros(talker.layers, 2, rows, talker.kv_heads, positions, talker.head_dim, dtype=dtype, device=device)
+        self.pending = torch.zeros(rows, talker.hidden, dtype=dtype, device=device)
+        self.history = torch.zeros(rows, shape.vocab, dtype=torch.bool, device=device)
+        self.done = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.live: dict[int, _Row] = {}
+        width = self.widths[-1]
+        self.predictor_kv = torch.zeros(
+            predictor.layers, 2, width, predictor.kv_heads, shape.codebooks, predictor.head_dim, dtype=dtype, device=device
+        )
+        self.talker_rope = reference.rope_table(talker, positions, device)
+        self.predictor_rope = reference.rope_table(predictor, shape.codebooks, device)
+        self._knobs: dict[tuple[Sampling, ...], tuple[Knobs, Knobs, Tensor]] = {}
+
+    def admit(self, row: int, pending: Tensor, seed: int, sampling: Sampling) -> None:
+        self.live[row] = _Row(0, 0, seed, sampling)
+        self.pending[row] = pending
+        self.history[row] = False
+        self.done[row] = False
+
+    def release(self, row: int) -> None:
+        self.live.pop(row, None)
+
+    def position(self, row: int) -> int:
+        return self.live[row].position
+
+    def save_prefix(self, row: int) -> Tensor:
+        return self.kv[:, :, row, :, : self.live[row].position].clone()
+
+    def load_prefix(self, row: int, prefix: Tensor) -> None:
+        self.kv[:, :, row, :, : prefix.shape[3]] = prefix
+        self.live[row].position = prefix.shape[3]
+
+    @torch.inference_mode()
+    def prefill(self, row: int, embeds: Tensor) -> None:
+        length, state = embeds.shape[0], self.live[row]
+        start = state.position
+        if not 1 <= length <= PIECE:
+            raise ValueError(f"prefill takes 1 to {PIECE} positions a call, but got {length}")
+        if start + length > self.positions:
+            raise ValueError(f"row {row} holds {self.positions} positions: {start} are used and {length} more were asked for")
+        x = F.pad(embeds, (0, 0, 0, PIECE - length))[None]
+        at = torch.arange(start, start + PIECE, device=x.device).clamp(max=self.positions - 1)
+        cos, sin = self.talker_rope[:, at, None]
+        keys = torch.arange(start + length, device=x.device)
+        mask = keys[None] <= at[:, None]
+
+        def attend(i: int) -> reference.Attend:
+            def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                cache = self.kv[i, :, row]
+                cache[0, :, start : start + length] = k[0, :length].transpose(0, 1)
+                cache[1, :, start : start + length] = v[0, :length].transpose(0, 1)
+                seen = cache[:, None, :, : start + length]
+                return reference.attention(q, seen[0], seen[1], mask)
+
+            return run
+
+        reference.stack(x, self.weights.talker, self.shape.talker, cos, sin, attend)
+        state.position += length
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[int], text: Tensor) -> Tensor:
+        live = [self.live[row] for row in rows]
+        n = len(rows)
+        if not 1 <= n <= self.columns:
+            raise ValueError(f"a step advances 1 to {self.columns} voices, but {n} were named")
+        full = [row for row, state in zip(rows, live, strict=True) if state.position >= self.positions]
+        if full:
+            raise ValueError(f"rows {full} hold {self.positions} positions and are full")
+        width = next(w for w in self.widths if w >= n)
+        index = torch.tensor(rows, device=text.device)
+        hidden = self._talker(rows, live, F.pad(self.pending[index] + text, (0, 0, 0, width - n)))
+
+        first, rest, penalty = self._sampling(tuple(state.sampling for state in live), width)
+        seeds = torch.tensor([state.seed for state in live], device=text.device)
+        frames = torch.tensor([state.frame for state in live], device=text.device)
+        random = F.pad(uniforms(seeds, frames, self.shape.codebooks), (0, 0, 0, width - n))
+        logits = F.linear(hidden, self.weights.codec_head).float()
+        early = F.pad(frames < 2, (0, width - n))
+        history = F.pad(self.history[index], (0, 0, 0, width - n))
+        logits = restrict(logits, history, penalty, early, self.shape.eos, self.shape.suppress_from)
+        code0 = pick(logits, first, random[:, 0])
+
+        done = self.done[index] | (code0[:n] == self.shape.eos)
+        self.done[index] = done
+        spoken = code0.clamp(max=self.shape.codes - 1)
+        codes, summed = self._predictor(hidden, spoken, rest, random)
+        codes[:n, 0] = torch.where(done, self.shape.eos, code0[:n])
+        self.history[index, code0[:n]] = True
+        self.pending[index] = summed[:n]
+        for state in live:
+            state.position += 1
+            state.frame += 1
+        return codes[:n]
+
+    def _talker(self, rows: Sequence[int], live: list[_Row], x: Tensor) -> Tensor:
+        """One talker step: x [width, H] -> hidden [width, H], after the final norm."""
+        at = [state.position for state in live]
+        cos, sin = self.talker_rope[:, torch.tensor(at + [0] * (x.shape[0] - len(at)), device=x.device)][:, :, None, None]
+
+        def attend(i: int) -> reference.Attend:
+            def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                out = q.new_zeros(q.shape[0], 1, self.shape.talker.q_size)
+                for b, (row, p) in enumerate(zip(rows, at, strict=True)):
+                    cache = self.kv[i, :, row]
+                    cache[0, :, p] = k[b, 0]
+                    cache[1, :, p] = v[b, 0]
+                    seen = cache[:, None, :, : p + 1]
+                    out[b] = reference.attention(q[b : b + 1], seen[0], seen[1])[0]
+                return out
+
+            return run
+
+        return reference.stack(x[:, None], self.weights.talker, self.shape.talker, cos, sin, attend)[:, 0]
+
+    def _predictor(self, hidden: Tensor, code0: Tensor, k: Knobs, random: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes 1..C-1 and the sum of all C embeddings: hidden [W,H], code0 [W] -> codes [W,C], sum [W,H].
+
+        The first pass feeds two positions (the talker's hidden state, then code 0), each later pass one.
+        """
+        w, shape = self.weights, self.shape
+        width = hidden.shape[0]
+        codes = torch.empty(width, shape.codebooks, dtype=torch.int64, device=hidden.device)
+        codes[:, 0] = code0
+        summed = w.embeddings[0][code0]
+        past = hidden if w.projection is None else F.linear(hidden, *w.projection)
+        x = torch.stack([past, w.inputs[0][code0]], 1)
+        start = 0
+        for g in range(1, shape.codebooks):
+            hidden_g = self._predictor_pass(x, start)
+            code = pick(F.linear(hidden_g, w.heads[g - 1]).float(), k, random[:, g])
+            codes[:, g] = code
+            summed = summed + w.embeddings[g][code]
+            start = g + 1
+            if start < shape.codebooks:
+                x = w.inputs[g][code][:, None]
+        return codes, summed
+
+    def _predictor_pass(self, x: Tensor, start: int) -> Tensor:
+        """One pass over x [W,T,Hp] at positions start.. -> the last position's hidden state [W,Hp]."""
+        width, t, _ = x.shape
+        stop = start + t
+        cos, sin = self.predictor_rope[:, start:stop, None]
+        mask = torch.ones(t, stop, dtype=torch.bool, device=x.device).tril(start) if t > 1 else None
+
+        def attend(i: int) -> reference.Attend:
+            def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                cache = self.predictor_kv[i, :, :width]
+                cache[0, :, :, start:stop] = k.transpose(1, 2)
+                cache[1, :, :, start:stop] = v.transpose(1, 2)
+                return reference.attention(q, cache[0, :, :, :stop], cache[1, :, :, :stop], mask)
+
+            return run
+
+        return reference.stack(x, self.weights.predictor, self.shape.predictor, cos, sin, attend)[:, -1]
+
+    def _sampling(self, sampling: tuple[Sampling, ...], width: int) -> tuple[Knobs, Knobs, Tensor]:
+        """Knobs of code 0 and of the others, and the repetition penalties, padded to `width` columns; remembered."""
+        if sampling not in self._knobs:
+            if len(self._knobs) > 256:
+                self._knobs.clear()
+            device = self.pending.device
+            rows = [*sampling, *[Sampling(do_sample=False, predictor_do_sample=False)] * (width - len(sampling))]
+            first = [(s.do_sample, s.temperature, s.top_k, s.top_p) for s in rows]
+            rest = [(s.predictor_do_sample, s.predictor_temperature, s.predictor_top_k, s.predictor_top_p) for s in rows]
+            self._knobs[sampling] = (
+                knobs(first, self.shape.vocab, device),
+                knobs(rest, self.shape.codes, device),
+                torch.tensor([s.repetition_penalty for s in rows], dtype=torch.float32, device=device),
+            )
+        return self._knobs[sampling]
+
+
+def _widths(weights: FrameWeights, columns: int) -> list[int]:
+    """Row counts for the products of a step: 8, 16, 32 up to `columns`, or only the largest where bits would differ."""
+    if columns == 1:
+        return [1]
+    largest = next((w for w in (8, 16, 32) if w >= columns), columns)
+    widths = [w for w in (8, 16, 32) if w < largest] + [largest]
+    layers = (weights.talker.layers[0], weights.predictor.layers[0])
+    matrices = [m for w in layers for m in (w.qkv, w.o, w.gate_up, w.down)] + [weights.codec_head, weights.heads[0]]
+    random = torch.Generator().manual_seed(0)
+    for matrix in matrices:
+        x = torch.randn(largest, matrix.shape[1], generator=random).to(matrix)
+        whole = F.linear(x, matrix)
+        if any(not torch.equal(F.linear(x[:w], matrix), whole[:w]) for w in widths):
+            return [largest]
+    return widths

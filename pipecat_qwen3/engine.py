@@ -1,0 +1,259 @@
+"""Utterances in, audio on their streams out: many voices advance together, one frame a tick, on one thread.
+
+A tick: take in text and cancels, admit voices to free rows, prefill at most one piece, advance every voice that can
+go on by one frame, decode the chunks that are due. Joining, leaving and cancelling happen between frames.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+
+import torch
+from torch import Tensor
+
+from megakernel.frame_step import PIECE, FrameStep
+from pipecat_qwen3.backend import End
+from pipecat_qwen3.codec import CodecState, FoldedCodec
+from pipecat_qwen3.errors import EngineError, OverloadedError, TextTimeoutError, TTSError
+from pipecat_qwen3.prompt import Prompter, Voice
+from pipecat_qwen3.utterance import TEXT_TIMEOUT_S, Utterance
+
+logger = logging.getLogger(__name__)
+
+PREFIXES = 64
+"""Prefixes whose KV is kept, the least recently used one goes first."""
+
+
+class Engine:
+    """Owns the thread, the rows and the codec state.
+
+    step      the resident voices; codec and state: the decoder and its memory, one row for each of step's rows
+    waiting   utterances that may queue for a row; more are refused with OverloadedError
+    threads   torch threads of the engine's work on a CPU; None leaves the process's setting alone
+    """
+
+    def __init__(
+        self,
+        step: FrameStep,
+        codec: FoldedCodec,
+        state: CodecState,
+        prompter: Prompter,
+        waiting: int = 256,
+        threads: int | None = None,
+    ) -> None:
+        self.step, self.codec, self.state, self.prompter = step, codec, state, prompter
+        self._max_waiting, self._threads = waiting, threads
+        self._inbox: deque[Utterance] = deque()
+        self._waiting: deque[Utterance] = deque()
+        self._resident: list[Utterance] = []
+        self._free = list(range(step.rows))[::-1]
+        self._prefixes: OrderedDict[Voice, Tensor] = OrderedDict()
+        self._frame_cost_s = 0.0
+        self._changed = threading.Condition()
+        self._awake = False
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="pipecat-qwen3 engine", daemon=True)
+        self._thread.start()
+
+    # -- any thread ------------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """False once closed or dead."""
+        return self._thread.is_alive() and not self._closing
+
+    def submit(self, utterance: Utterance) -> None:
+        """Queue an utterance and return at once. Raises OverloadedError or EngineError."""
+        with self._changed:
+            if not self.alive:
+                raise EngineError("the engine is closed; open the model again")
+            if len(self._inbox) + len(self._waiting) >= self._max_waiting:
+                raise OverloadedError(f"{self._max_waiting} utterances are waiting already; try again later")
+            self._inbox.append(utterance)
+        self.wake()
+
+    def wake(self) -> None:
+        """Something changed: a text, a cancel, a submit."""
+        with self._changed:
+            self._awake = True
+            self._changed.notify()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """End every voice and the thread; idempotent."""
+        with self._changed:
+            self._closing = True
+        self.wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    # -- the engine thread -----------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            while not self._closing:
+                try:
+                    busy = self._tick()
+                except Exception as error:
+                    logger.exception("a tick of the engine failed")
+                    self._end_all(EngineError(f"the engine failed: {type(error).__name__}: {error}"))
+                    busy = True
+                if not busy:
+                    self._sleep()
+            self._end_all(EngineError("the engine was closed while this voice was speaking"))
+
+    def _sleep(self) -> None:
+        """Wait for a wake-up, or until a voice's credit or its patience with late text runs out."""
+        now = time.monotonic()
+        waits = [u.last_text_at + TEXT_TIMEOUT_S - now for u in [*self._resident, *self._waiting] if not u.text.ended]
+        for u in self._resident:
+            if u.request.ahead_s is not None:
+                waits.append(max(u.delivery.ahead(len(u.codes)) - u.request.ahead_s, 0.02))
+        with self._changed:
+            if not self._awake:
+                self._changed.wait(max(0.0, min(waits)) if waits else None)
+            self._awake = False
+
+    def _tick(self) -> bool:
+        """One frame for everybody who can; False if there was nothing to do."""
+        with self._changed:
+            self._awake = False
+            self._waiting.extend(self._inbox)
+            self._inbox.clear()
+        self._take_in()
+        self._admit()
+        prefilled = self._prefill()
+        ready = self._ready()
+        if ready:
+            started = time.monotonic()
+            self._advance(ready)
+            self._frame_cost_s += 0.1 * (time.monotonic() - started - self._frame_cost_s)
+        return prefilled or bool(ready)
+
+    def _take_in(self) -> None:
+        """Read every voice's inbox; end those that were cancelled, failed, or ran out of patience."""
+        now = time.monotonic()
+        for u in [*self._waiting, *self._resident]:
+            error = u.read_inbox()
+            if u.stream.cancelled:
+                self._end(u, "cancelled")
+            elif error is not None:
+                self._end(u, "error", error)
+            elif u.text.ended and not u.tokens:
+                self._end(u, "eos")  # a text stream that never said anything
+            elif not u.text.ended and not u.text_ids and now - u.last_text_at > TEXT_TIMEOUT_S:
+                late = TextTimeoutError(f"no text came for {TEXT_TIMEOUT_S:.0f} s; end the text stream when it is complete")
+                self._end(u, "error", late)
+
+    def _admit(self) -> None:
+        for u in [u for u in self._waiting if u.can_start]:
+            if not self._free:
+                return
+            self._waiting.remove(u)
+            u.row = self._free.pop()
+            self._resident.append(u)
+            try:
+                self._start(u, u.row)
+            except Exception as error:
+                logger.exception("an utterance could not be started")
+                self._end(u, "error", EngineError(f"the utterance could not be started: {error}"))
+
+    def _start(self, u: Utterance, row: int) -> None:
+        text = list(u.text_ids) if u.layout == "whole" else []
+        prompt = u.prompt = self.prompter.build(u.voice, u.instruct_ids, text, u.layout)
+        self.step.admit(row, prompt.pending, u.stream.seed, u.sampling)
+        self.state.reset(row)
+        prefix = self._prefixes.get(u.voice)
+        if prefix is not None:
+            self._prefixes.move_to_end(u.voice)
+            self.step.load_prefix(row, prefix)
+            u.prefilled = prompt.shared.shape[0]
+
+    def _prefill(self) -> bool:
+        """One piece of at most 16 positions for the voice that has waited longest; piece borders never depend on luck."""
+        u = next((u for u in self._resident if not u.is_prefilled), None)
+        if u is None or u.prompt is None or u.row is None:
+            return False
+        start, shared = u.prefilled, u.prompt.shared.shape[0]
+        part, offset, end = (u.prompt.shared, 0, shared) if start < shared else (u.prompt.rest, shared, u.prompt.positions)
+        stop = min((start // PIECE + 1) * PIECE, end)
+        self.step.prefill(u.row, part[start - offset : stop - offset])
+        u.prefilled = stop
+        if stop == shared:
+            self._prefixes[u.voice] = self.step.save_prefix(u.row)
+            if len(self._prefixes) > PREFIXES:
+                self._prefixes.popitem(last=False)
+        return True
+
+    def _ready(self) -> list[Utterance]:
+        """Voices that can speak a frame now; when columns are short, those least ahead of their playback."""
+        ready = []
+        for u in self._resident:
+            if u.is_prefilled and u.has_text:
+                ahead, limit = u.delivery.ahead(len(u.codes)), u.request.ahead_s
+                if limit is None or ahead < limit:
+                    ready.append((ahead, len(ready), u))
+        if len(ready) > self.step.columns:
+            ready = sorted(ready)[: self.step.columns]
+        return [u for _, _, u in ready]
+
+    def _advance(self, ready: list[Utterance]) -> None:
+        """One frame for the ready voices, then the chunks that are due."""
+        ids = self.prompter.config.ids
+        text = self.prompter.texts([u.next_text(ids.tts_eos, ids.tts_pad) for u in ready])
+        codes = self.step.step([u.row for u in ready if u.row is not None], text)
+        ends: dict[int, End] = {}
+        for b, (u, values) in enumerate(zip(ready, codes.cpu().numpy(), strict=True)):
+            if values[0] == ids.codec_eos:
+                ends[id(u)] = "eos"
+                continue
+            u.spoke(values)
+            u.buffered.append(codes[b])
+            end = u.must_end(self.step.positions - self.step.position(u.row or 0))
+            if end is not None:
+                ends[id(u)] = end
+        self._decode(ready, ends)
+        for u in ready:
+            end = ends.get(id(u))
+            if end is not None:
+                u.delivery.last_words(natural=end == "eos")
+                self._end(u, end)
+
+    def _decode(self, ready: list[Utterance], ends: dict[int, End]) -> None:
+        """Decode and deliver what is due, voices with equally many frames in one call."""
+        groups: dict[int, list[Utterance]] = {}
+        for u in ready:
+            n = len(u.buffered)
+            due = n if id(u) in ends else u.delivery.due(n, len(u.codes), self._frame_cost_s)
+            if due and not u.stream.cancelled:
+                groups.setdefault(due, []).append(u)
+        for frames, voices in groups.items():
+            codes = torch.stack([torch.stack(u.buffered[:frames], -1) for u in voices])
+            rows = torch.tensor([u.row for u in voices], device=codes.device)
+            samples = self.codec.decode(codes, self.state, rows).cpu().numpy()
+            for u, wave in zip(voices, samples, strict=True):
+                del u.buffered[:frames]
+                u.delivery.deliver(wave, fade=ends.get(id(u), "eos") != "eos")
+
+    def _end(self, u: Utterance, end: End, error: TTSError | None = None) -> None:
+        """Free the voice's row and tell its listener."""
+        if u in self._resident:
+            self._resident.remove(u)
+        if u in self._waiting:
+            self._waiting.remove(u)
+        if u.row is not None:
+            self.step.release(u.row)
+            self._free.append(u.row)
+            u.row = None
+        u.finish("cancelled" if u.stream.cancelled else end, error)
+
+    def _end_all(self, error: EngineError) -> None:
+        with self._changed:
+            self._waiting.extend(self._inbox)
+            self._inbox.clear()
+        for u in [*self._resident, *self._waiting]:
+            self._end(u, "error", error)
+
+

@@ -1,0 +1,290 @@
+"""The engine in this process as a Backend: opens a checkpoint, checks requests, hands out streams."""
+
+import asyncio
+import math
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Self
+
+import torch
+
+from megakernel.frame_step import TorchFrameStep, UnavailableError, pick_backend
+from megakernel.sampler import Sampling
+from pipecat_qwen3.backend import Layout, Request, Stream
+from pipecat_qwen3.checkpoint import EMBEDDED, Checkpoint
+from pipecat_qwen3.codec import CodecState
+from pipecat_qwen3.config import Generation
+from pipecat_qwen3.device import pick_device, pick_dtype
+from pipecat_qwen3.engine import Engine
+from pipecat_qwen3.errors import BackendError, BadRequestError
+from pipecat_qwen3.prompt import Prompter, resolve_voice
+from pipecat_qwen3.talker import decode_weights
+from pipecat_qwen3.text import TextStream, encode
+from pipecat_qwen3.utterance import Utterance
+from pipecat_qwen3.words import Rate
+
+MAX_POSITIONS = 4096
+"""Compile limit of the kernels; a row of the 0.6B talker takes 470 MB of KV at that length."""
+
+FRAMES_PER_TOKEN = 3
+"""Speech takes at least about so many frames a text token: what a request must find room for."""
+
+SMALL = 64_000_000
+"""Below so many parameters two torch threads on a CPU wait for each other more than they help."""
+
+
+class LocalBackend:
+    """A checkpoint in this process. Opening loads and warms it, so call `open` before the event loop runs."""
+
+    _shared: dict[tuple[str, str, str], "LocalBackend"] = {}  # noqa: RUF012 - the process's engines
+    _shared_lock = threading.Lock()
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        max_batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        backend: tuple[str, str],
+        positions: int,
+        progress: Callable[[str], None],
+    ) -> None:
+        began = time.monotonic()
+        self.checkpoint, self.config, self.max_batch = checkpoint, checkpoint.config, max_batch
+        self.device, self.dtype = device, dtype
+        self.backend_name, self.backend_reason = backend
+        self.tokenizer = checkpoint.load_tokenizer()
+        self._tokenizer_lock = threading.Lock()
+        self._rates: dict[str | None, Rate] = {}
+        progress("loading weights")
+        talker = checkpoint.load_talker(dtype)
+        progress("folding tables")
+        text_table = talker.to(device).text_table()
+        weights = decode_weights(talker, device)
+        small = device.type == "cpu" and sum(p.numel() for p in talker.parameters()) < SMALL
+        codec_table = talker.model.codec_embedding.weight.detach().clone()
+        del talker
+        codec = checkpoint.load_codec().to(device).fold()
+        rows = max_batch if device.type == "cpu" else 4 * max_batch
+        step = TorchFrameStep(weights, self.config.shape, rows, max_batch, positions)
+        state = CodecState.zeros(checkpoint.codec_config, rows, device)
+        ids = self.config.ids
+        role = [ids.im_start, ids.assistant, *encode(self.tokenizer, "\n")]
+        prompter = Prompter(self.config, text_table, codec_table, role)
+        self.engine = Engine(step, codec, state, prompter, threads=1 if small else None)
+        progress("warming")
+        self._warm()
+        self.load_s = time.monotonic() - began
+
+    @classmethod
+    def open(
+        cls,
+        model: str = EMBEDDED,
+        *,
+        max_batch: int = 8,
+        device: str = "auto",
+        dtype: str = "auto",
+        backend: str = "auto",
+        positions: int = 1024,
+        progress: Callable[[str], None] | None = None,
+    ) -> Self:
+        """Load and warm a checkpoint; blocks for seconds.
+
+        model      "embedded", a folder, or "owner/name" on Hugging Face
+        max_batch  voices that advance together, 1..32
+        device     "auto" | "cpu" | "cuda"; dtype "auto" | "bf16" | "fp32"; backend "auto" | "persistent" | "graph" | "torch"
+        positions  prompt and frames that one voice can hold, up to 4096
+        progress   called with what is being done
+
+        Raises TTSError: CheckpointError, DownloadError, UnknownNameError, or BackendError for a device, dtype or
+        backend that was asked for by name and cannot be had.
+        """
+        if not 1 <= max_batch <= 32:
+            raise BadRequestError(f"max_batch should lie in 1..32, but is {max_batch}")
+        if not 64 <= positions <= MAX_POSITIONS:
+            raise BadRequestError(f"positions should lie in 64..{MAX_POSITIONS}, but is {positions}")
+        where = pick_device(device)
+        number_format = pick_dtype(dtype, where)
+        try:
+            chosen = pick_backend(backend, where.type)
+        except UnavailableError as error:
+            raise BackendError(str(error)) from None
+        if where.type == "cuda":
+            # The codec's 1e-4 agreement with the official decoder does not survive TF32 convolutions.
+            torch.backends.cudnn.allow_tf32 = False
+        return cls(
+            Checkpoint.open(model),
+            max_batch=max_batch,
+            device=where,
+            dtype=number_format,
+            backend=chosen,
+            positions=positions,
+            progress=progress or (lambda _: None),
+        )
+
+    @classmethod
+    def shared(cls, model: str = EMBEDDED, *, device: str = "auto", dtype: str = "auto") -> "LocalBackend":
+        """The process's one engine for (model, device, dtype), opened by whoever asks first; blocks meanwhile."""
+        key = (model, device, dtype)
+        with cls._shared_lock:
+            backend = cls._shared.get(key)
+            if backend is None or not backend.ready:
+                backend = cls._shared[key] = cls.open(model, device=device, dtype=dtype)
+            return backend
+
+    @property
+    def model(self) -> str:
+        """The model as it was asked for."""
+        return self.checkpoint.name
+
+    @property
+    def voices(self) -> tuple[str, ...]:
+        """Named voices, the default one first."""
+        first = self.config.default_speaker
+        return tuple(sorted(self.config.speakers, key=lambda name: name != first))
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Languages, without "auto"."""
+        return tuple(self.config.languages)
+
+    @property
+    def ready(self) -> bool:
+        """True until closed: opening has warmed it."""
+        return self.engine.alive
+
+    def close(self) -> None:
+        """End every voice and the engine thread; idempotent."""
+        self.engine.close()
+
+    def speak(self, request: Request) -> Stream:
+        """Queue an utterance and return its stream at once.
+
+        A text given as an async iterator is read by a task on the running event loop.
+        Raises BadRequestError, UnknownNameError, OverloadedError or EngineError.
+        """
+        utterance = self._utterance(request)
+        text = request.text
+        if isinstance(text, str):
+            utterance.feed(text)
+            utterance.end()
+            self._check_room(utterance, text)
+            self.engine.submit(utterance)
+        else:
+            loop = asyncio.get_running_loop()
+            self.engine.submit(utterance)
+            reader = loop.create_task(_read(text, utterance))
+            utterance.stop_reading = lambda: loop.call_soon_threadsafe(reader.cancel)
+        return utterance.stream
+
+    def _utterance(self, request: Request) -> Utterance:
+        _check(request)
+        voice = resolve_voice(self.config, request.voice, request.language, request.instruct)
+        seed = request.seed if request.seed is not None else secrets.randbits(63)
+        layout: Layout = request.layout or ("whole" if isinstance(request.text, str) else "streaming")
+        with self._tokenizer_lock:
+            instruct = self._instruct_ids(voice.instruct)
+        utterance = Utterance(
+            request=request,
+            stream=Stream(
+                seed,
+                on_cancel=lambda: utterance.cancelled(),
+                on_feed=None if isinstance(request.text, str) else lambda piece: utterance.feed(piece),
+                on_end=lambda: utterance.end(),
+            ),
+            voice=voice,
+            layout=layout,
+            sampling=_sampling(self.config.generation, request),
+            instruct_ids=instruct,
+            text=TextStream(self.tokenizer),
+            rate=self._rates.setdefault(voice.speaker, Rate()),
+            wake=self.engine.wake,
+        )
+        return utterance
+
+    def _instruct_ids(self, instruct: str | None) -> list[int]:
+        if instruct is None:
+            return []
+        ids, newline = self.config.ids, encode(self.tokenizer, "\n")
+        return [ids.im_start, *encode(self.tokenizer, f"user\n{instruct}"), ids.im_end, *newline]
+
+    def _check_room(self, utterance: Utterance, text: str) -> None:
+        with self._tokenizer_lock:
+            tokens = len(encode(self.tokenizer, text))
+        prompt = 16 + len(utterance.instruct_ids) + (tokens if utterance.layout == "whole" else 0)
+        if prompt + FRAMES_PER_TOKEN * tokens > self.engine.step.positions:
+            raise BadRequestError(
+                f"the text has {tokens} tokens, which with their speech do not fit into {self.engine.step.positions} "
+                "positions; speak it sentence by sentence, or open the model with more positions"
+            )
+
+    def _warm(self) -> None:
+        """Speak a few frames that nobody hears, so that the first request finds everything built."""
+        if self.config.variant == "base":
+            return
+        instruct = "A calm voice." if self.config.variant == "voice_design" else None
+        for layout in ("whole", "streaming"):
+            stream = self.speak(Request(text="Warm.", instruct=instruct, seed=0, max_frames=4, layout=layout, ahead_s=None))
+            for _ in stream:
+                pass
+
+
+async def _read(text: AsyncIterator[str], utterance: Utterance) -> None:
+    try:
+        async for piece in text:
+            utterance.feed(piece)
+        utterance.end()
+    except Exception as error:
+        utterance.fail(BadRequestError(f"the text iterator failed: {type(error).__name__}: {error}"))
+
+
+def _check(request: Request) -> None:
+    """Refuse values that no checkpoint can take, with what was wanted and what came."""
+    if isinstance(request.text, str) and not request.text.strip():
+        raise BadRequestError("the text is empty; give at least one word")
+    if not isinstance(request.text, (str, AsyncIterator)):
+        raise BadRequestError(f"text should be a string or an async iterator of strings, but is {type(request.text)}")
+    if request.layout not in (None, "whole", "streaming"):
+        raise BadRequestError(f"layout should be 'whole' or 'streaming', but is {request.layout!r}")
+    if request.seed is not None and not 0 <= request.seed < 2**63:
+        raise BadRequestError(f"seed should lie in 0..2^63-1, but is {request.seed}")
+    for name in ("temperature", "predictor_temperature", "repetition_penalty"):
+        value = getattr(request, name)
+        if value is not None and not (math.isfinite(value) and 0 < value <= 100):
+            raise BadRequestError(f"{name} should be a number above 0, but is {value}; for no sampling at all set greedy")
+    for name in ("top_p", "predictor_top_p"):
+        value = getattr(request, name)
+        if value is not None and not 0 < value <= 1:
+            raise BadRequestError(f"{name} should lie above 0 and up to 1, but is {value}")
+    for name in ("top_k", "predictor_top_k"):
+        value = getattr(request, name)
+        if value is not None and value < 0:
+            raise BadRequestError(f"{name} should be 0 (all) or more, but is {value}")
+    if request.max_frames is not None and request.max_frames < 1:
+        raise BadRequestError(f"max_frames should be at least 1, but is {request.max_frames}")
+    if not request.ramp or min(request.ramp) < 1:
+        raise BadRequestError(f"ramp should hold chunk sizes of at least one frame, but is {request.ramp}")
+    if request.ahead_s is not None and not request.ahead_s > 0:
+        raise BadRequestError(f"ahead_s should be above 0 or None, but is {request.ahead_s}")
+
+
+def _sampling(files: Generation, request: Request) -> Sampling:
+    """The request's parameters over the checkpoint's. Whether to sample is the checkpoint's, unless greedy is asked for."""
+
+    def either(asked: Any, default: Any) -> Any:
+        return default if asked is None else asked
+
+    return Sampling(
+        do_sample=files.do_sample and not request.greedy,
+        temperature=either(request.temperature, files.temperature),
+        top_k=either(request.top_k, files.top_k),
+        top_p=either(request.top_p, files.top_p),
+        repetition_penalty=either(request.repetition_penalty, files.repetition_penalty),
+        predictor_do_sample=files.predictor_do_sample and not request.greedy,
+        predictor_temperature=either(request.predictor_temperature, files.predictor_temperature),
+        predictor_top_k=either(request.predictor_top_k, files.predictor_top_k),
+        predictor_top_p=either(request.predictor_top_p, files.predictor_top_p),
+    )

@@ -1,0 +1,145 @@
+"""Texts in, shards of aligned recordings out: what flite said, cut to whole frames, with phones, words and codes.
+
+A shard is one file of a dictionary (see `make_shard`); its content follows from its number alone, so shards can be
+made in any order, by any number of processes, and a broken run goes on where it stopped.
+
+    python -m training.data OUT_FOLDER --shards 0:60                      # recordings only, to fit the codebooks
+    python -m training.data OUT_FOLDER --shards 0:60 --codebooks BOOKS.pt # adds the codes to all of them
+"""
+
+import argparse
+import math
+import time
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.codebooks import Codebooks
+from training.features import FRAME, acoustic_vectors
+from training.flite import PHONES, RATE, record
+from training.text import Texts
+
+VOICES = ("slt", "rms")
+UTTERANCES = 400
+MAX_FRAMES = 150
+LEAD_S, TAIL_S = 0.05, 0.14
+"""Silence kept before the first and after the last phone."""
+
+Shard = dict[str, Any]
+
+
+def aligned(text: str, voice: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """A recording cut to frames: int16 [frames * 1280], phones uint8 [frames, 4], words int16 [frames] (-1: none).
+
+    None where flite's tokens are not the text's whitespace-separated words, or where the speech is too long.
+    """
+    speech = record(text, voice)
+    names = [p.name for p in speech.phones]
+    if speech.words != len(text.split()) or all(n == "pau" for n in names):
+        return None
+    ends = np.array([p.end for p in speech.phones])
+    first = next(i for i, n in enumerate(names) if n != "pau")
+    last = max(i for i, n in enumerate(names) if n != "pau")
+    start = max(0.0, (ends[first - 1] if first else 0.0) - LEAD_S)
+    frames = math.ceil((ends[last] + TAIL_S - start) * RATE / FRAME)
+    if frames > MAX_FRAMES:
+        return None
+    wave = speech.samples[int(start * RATE) :][: frames * FRAME]
+    wave = np.pad(wave, (0, frames * FRAME - len(wave))).astype(np.float32)
+    wave[-160:] *= np.linspace(1, 0, 160)
+
+    def segment(seconds: np.ndarray) -> np.ndarray:
+        return np.minimum(np.searchsorted(ends, start + seconds), len(ends) - 1)
+
+    phone_ids = np.array([PHONES.index(n) if n in PHONES else 0 for n in names], np.uint8)
+    word_ids = np.array([p.word for p in speech.phones], np.int16)
+    quarter = segment(0.02 * np.arange(4 * frames) + 0.01)
+    middle = segment(0.08 * np.arange(frames) + 0.04)
+    return wave.astype(np.int16), phone_ids[quarter].reshape(frames, 4), word_ids[middle]
+
+
+def pack(texts: list[str], voices: list[int], parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Shard:
+    """A shard of utterances: texts, voices [U] (0 slt, 1 rms), frames [U], and flat wave [N*1280], phones [N, 4], words [N]."""
+    waves, phones, words = zip(*parts, strict=True)
+    return {
+        "texts": texts,
+        "voices": torch.tensor(voices, dtype=torch.uint8),
+        "frames": torch.tensor([len(w) for w in words], dtype=torch.int32),
+        "wave": torch.from_numpy(np.concatenate(waves)),
+        "phones": torch.from_numpy(np.concatenate(phones)),
+        "words": torch.from_numpy(np.concatenate(words)),
+    }
+
+
+def make_shard(number: int) -> Shard:
+    """400 utterances, both voices in turn at random; the same number gives the same shard."""
+    source = Texts(1_000_003 + number)
+    texts, voices, parts = [], [], []
+    while len(texts) < UTTERANCES:
+        text, voice = source.draw(), int(source.rng.random() < 0.5)
+        part = aligned(text, VOICES[voice])
+        if part is not None:
+            texts.append(text)
+            voices.append(voice)
+            parts.append(part)
+    return pack(texts, voices, parts)
+
+
+def vectors_of(shard: Shard) -> Tensor:
+    """Acoustic vectors [N, 648] of all utterances of a shard."""
+    waves = shard["wave"].float().div(32768).split((shard["frames"] * FRAME).tolist())
+    return torch.cat([acoustic_vectors(wave) for wave in waves])
+
+
+def add_codes(shard: Shard, codebooks: Codebooks) -> Shard:
+    """The shard with codes int16 [N, 8]."""
+    speaker = shard["voices"].long().repeat_interleave(shard["frames"].long())
+    return shard | {"codes": codebooks.encode(vectors_of(shard), speaker).short()}
+
+
+def read_shard(path: Path) -> Shard:
+    """Read a shard's file."""
+    return torch.load(path, weights_only=True)
+
+
+def write_shard(number: int, folder: Path, codebooks: Path | None) -> None:
+    """Make or complete one shard's file; does nothing where it is complete."""
+    torch.set_num_threads(1)
+    began, path = time.monotonic(), folder / f"{number:04d}.pt"
+    shard = read_shard(path) if path.exists() else make_shard(number)
+    if codebooks is not None and "codes" not in shard:
+        shard = add_codes(shard, Codebooks.load(codebooks))
+    elif path.exists():
+        return
+    torch.save(shard, path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
+    seconds = float(shard["frames"].sum()) * 0.08
+    print(f"{path.name}: {len(shard['texts'])} utterances, {seconds:.0f} s, made in {time.monotonic() - began:.1f} s", flush=True)
+
+
+def main() -> None:
+    """Make the shards FIRST:END that are not there yet."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--shards", default="0:60")
+    parser.add_argument("--codebooks", type=Path)
+    parser.add_argument("--jobs", type=int, default=1)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    first, end = (int(n) for n in options.shards.split(":"))
+    work = partial(write_shard, folder=options.out, codebooks=options.codebooks)
+    if options.jobs == 1:
+        for number in range(first, end):
+            work(number)
+        return
+    with Pool(options.jobs) as pool:
+        pool.map(work, range(first, end), chunksize=1)
+
+
+if __name__ == "__main__":
+    main()
