@@ -92,13 +92,13 @@ class Qwen3TTSSettings(TTSSettings):
         layout: "whole" reads a sentence before it speaks, "streaming" takes one text token a frame.
     """
 
-    instruct: str | None | NotGiven = field(default_factory=lambda: NOT_GIVEN)
-    seed: int | None | NotGiven = field(default_factory=lambda: NOT_GIVEN)
-    temperature: float | None | NotGiven = field(default_factory=lambda: NOT_GIVEN)
-    top_k: int | None | NotGiven = field(default_factory=lambda: NOT_GIVEN)
-    top_p: float | None | NotGiven = field(default_factory=lambda: NOT_GIVEN)
-    repetition_penalty: float | None | NotGiven = field(default_factory=lambda: NOT_GIVEN)
-    layout: Layout | None | NotGiven = field(default_factory=lambda: NOT_GIVEN)
+    instruct: str | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    seed: int | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    temperature: float | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    top_k: int | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    top_p: float | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    repetition_penalty: float | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
+    layout: Layout | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
 
 
 _SPOKEN_SETTINGS = (
@@ -187,7 +187,7 @@ class Qwen3TTSService(TTSService):
         )
         if self._text_aggregation_mode == TextAggregationMode.TOKEN:
             raise BadRequestError(
-                "text_aggregation_mode should be SENTENCE, but is TOKEN, which this service does not support: leave it out"
+                "text_aggregation_mode should be SENTENCE, but is TOKEN, which this service cannot do: leave it out"
             )
         self._skip_silence = skip_silence
         self._playbacks: dict[str, _Playback] = {}
@@ -368,9 +368,7 @@ class Qwen3TTSService(TTSService):
         }
         if result and result.end in reasons:
             seconds = result.frames * FRAME_SAMPLES / SAMPLE_RATE
-            logger.warning(
-                f"{self}: {reasons[result.end]} (after {seconds:.1f} s, seed {result.seed}): [{text}]"
-            )
+            logger.warning(f"{self}: {reasons[result.end]} (after {seconds:.1f} s, seed {result.seed}): [{text}]")
 
     def _classify_error(self, exception: Exception) -> ErrorCategory | None:
         return next((category for kind, category in _CATEGORIES if isinstance(exception, kind)), None)

@@ -41,7 +41,8 @@ class FakeBackend:
         self.voices, self.languages, self.model = tuple(voices), tuple(languages), "fake"
         self.chunk_samples = round(chunk_seconds * SAMPLE_RATE)
         self.seconds_per_char, self.pace = seconds_per_char, pace
-        self.fail, self.fail_after, self.end = fail, fail_after, end
+        self.fail, self.fail_after = fail, fail_after
+        self.end: End = end
         self.ready = True
         self.requests: list[Request] = []
         self.streams: list[Stream] = []
@@ -109,9 +110,7 @@ class FakeBackend:
         """The words of a text, each with the second at which it begins."""
         return [(match[0], match.start() * self.seconds_per_char) for match in _WORD.finditer(text)]
 
-    def _run(
-        self, request: Request, stream: Stream, pieces: "queue.Queue[str | None]", stop: threading.Event
-    ) -> None:
+    def _run(self, request: Request, stream: Stream, pieces: "queue.Queue[str | None]", stop: threading.Event) -> None:
         text = "".join(iter(pieces.get, None))
         pcm, words = self.speech(text), self.words(text)
         if request.max_frames is not None:

@@ -143,9 +143,19 @@ def fit(vectors: Tensor, phones: Tensor, speaker: Tensor) -> Codebooks:
         prices.append(price)
         share = torch.bincount(chosen, minlength=ENTRIES).float() / len(y)
         perplexity = torch.exp(-(share * (share + 1e-9).log()).sum())
-        print(f"book {index}: residual variance {residual.var(0).sum() / y.var(0).sum():.4f}, perplexity {perplexity:.0f}")
+        print(
+            f"book {index}: residual variance {residual.var(0).sum() / y.var(0).sum():.4f}, perplexity {perplexity:.0f}"
+        )
     return Codebooks(
-        mean, basis, speaker_means, phone_map, phone_scale, vector_scale, meaning, torch.stack(books), torch.stack(prices)
+        mean,
+        basis,
+        speaker_means,
+        phone_map,
+        phone_scale,
+        vector_scale,
+        meaning,
+        torch.stack(books),
+        torch.stack(prices),
     )
 
 
@@ -159,7 +169,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=16)
     options = parser.parse_args()
     torch.manual_seed(0)
-    shards = [read_shard(path) for path in sorted(options.data.glob("*.pt"))[: options.shards]]
+    shards = [read_shard(path) for path in sorted(options.data.glob("[0-9]*.pt"))[: options.shards]]
     vectors = torch.cat([vectors_of(shard) for shard in shards])
     phones = torch.cat([shard["phones"] for shard in shards])
     speaker = torch.cat([shard["voices"].long().repeat_interleave(shard["frames"].long()) for shard in shards])

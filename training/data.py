@@ -22,13 +22,16 @@ from torch import Tensor
 from training.codebooks import Codebooks
 from training.features import FRAME, acoustic_vectors
 from training.flite import PHONES, RATE, record
-from training.text import Texts
+from training.text import Texts, held_out
 
 VOICES = ("slt", "rms")
 UTTERANCES = 400
 MAX_FRAMES = 150
 LEAD_S, TAIL_S = 0.05, 0.14
 """Silence kept before the first and after the last phone."""
+
+HELD_OUT = "held_out.pt"
+"""The file with the held-out sentences, beside the numbered shards."""
 
 Shard = dict[str, Any]
 
@@ -64,7 +67,10 @@ def aligned(text: str, voice: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] 
 
 
 def pack(texts: list[str], voices: list[int], parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Shard:
-    """A shard of utterances: texts, voices [U] (0 slt, 1 rms), frames [U], and flat wave [N*1280], phones [N, 4], words [N]."""
+    """A shard of utterances.
+
+    texts, voices [U] (0 slt, 1 rms), frames [U]; and of all frames in a row: wave [N * 1280], phones [N, 4], words [N]
+    """
     waves, phones, words = zip(*parts, strict=True)
     return {
         "texts": texts,
@@ -90,6 +96,15 @@ def make_shard(number: int) -> Shard:
     return pack(texts, voices, parts)
 
 
+def make_held_out() -> Shard:
+    """Every held-out sentence in both voices; all texts with slt first, then all with rms."""
+    texts = [text for _, text, _ in held_out()]
+    parts = [part for voice in VOICES for text in texts if (part := aligned(text, voice)) is not None]
+    if len(parts) < 2 * len(texts):
+        raise SystemExit(f"flite could align only {len(parts)} of {2 * len(texts)} held-out recordings; see aligned()")
+    return pack(2 * texts, [0] * len(texts) + [1] * len(texts), parts)
+
+
 def vectors_of(shard: Shard) -> Tensor:
     """Acoustic vectors [N, 648] of all utterances of a shard."""
     waves = shard["wave"].float().div(32768).split((shard["frames"] * FRAME).tolist())
@@ -107,11 +122,11 @@ def read_shard(path: Path) -> Shard:
     return torch.load(path, weights_only=True)
 
 
-def write_shard(number: int, folder: Path, codebooks: Path | None) -> None:
-    """Make or complete one shard's file; does nothing where it is complete."""
+def write_shard(number: int | None, folder: Path, codebooks: Path | None) -> None:
+    """Make or complete one shard's file, None being the held-out sentences; does nothing where it is complete."""
     torch.set_num_threads(1)
-    began, path = time.monotonic(), folder / f"{number:04d}.pt"
-    shard = read_shard(path) if path.exists() else make_shard(number)
+    began, path = time.monotonic(), folder / (HELD_OUT if number is None else f"{number:04d}.pt")
+    shard = read_shard(path) if path.exists() else make_held_out() if number is None else make_shard(number)
     if codebooks is not None and "codes" not in shard:
         shard = add_codes(shard, Codebooks.load(codebooks))
     elif path.exists():
@@ -119,7 +134,10 @@ def write_shard(number: int, folder: Path, codebooks: Path | None) -> None:
     torch.save(shard, path.with_suffix(".part"))
     path.with_suffix(".part").rename(path)
     seconds = float(shard["frames"].sum()) * 0.08
-    print(f"{path.name}: {len(shard['texts'])} utterances, {seconds:.0f} s, made in {time.monotonic() - began:.1f} s", flush=True)
+    print(
+        f"{path.name}: {len(shard['texts'])} utterances, {seconds:.0f} s, made in {time.monotonic() - began:.1f} s",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -133,6 +151,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     first, end = (int(n) for n in options.shards.split(":"))
     work = partial(write_shard, folder=options.out, codebooks=options.codebooks)
+    work(None)
     if options.jobs == 1:
         for number in range(first, end):
             work(number)

@@ -19,7 +19,7 @@ STRETCH = {"slt": 1.1, "rms": 1.0}
 
 PHONES = (
     "pau aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th uh uw v w y z zh"
-).split()
+).split()  # noqa: SIM905
 """flite's US English phones; "pau" (a pause) is 0."""
 
 

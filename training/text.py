@@ -1,8 +1,8 @@
 """A seed in, training sentences out: what voice agents say, dictionary prose, free word sequences.
 
 Five sorts: filled templates (templates.txt), WordNet usage examples, WordNet definitions, free sequences over the most
-common words (each word as often as any other), and two short sentences in one utterance. Sentences of held_out.tsv and the rare
-words of its group "unseen" never appear. Needs Debian's `wordnet-base` and the package `wordfreq`; knows no audio.
+common words (each word as often as any other), and two short sentences in one utterance. Sentences of held_out.tsv and
+the rare words of its group "unseen" never appear. Needs Debian's `wordnet-base` and the package `wordfreq`; knows no audio.
 """
 
 import random
@@ -19,8 +19,10 @@ FREE_WORDS, PROSE_WORDS, KNOWN_WORDS = 10_000, 16_000, 12_000
 """Ranks by frequency: words of free sequences, of dictionary prose, and those that an unseen word must not be among."""
 
 MIX = {"template": 0.34, "example": 0.19, "definition": 0.17, "free": 0.17, "pair": 0.13}
-FUNCTION_WORDS = "the a to of and in is for on with at from by it this that as are was be or not but we you they".split()
-SHORT_WORDS = set("a i of to in is it on be as at by he or an we my me so if do up no us go oh hi am".split())
+FUNCTION_WORDS = (
+    "the a to of and in is for on with at from by it this that as are was be or not but we you they".split()  # noqa: SIM905
+)
+SHORT_WORDS = set("a i of to in is it on be as at by he or an we my me so if do up no us go oh hi am".split())  # noqa: SIM905
 LEFT_OUT = re.compile(
     r"fuck|shit|nigg|cunt|bitch|slut|whor|porn|rap(e|ed|es|ing|ist)s?$|penis|vagin|sex|nazi|jew|homo|fag|dick|cock|tits"
     r"|boob|nud|erot|semen|genit|puss|orgas|tranny|muslim|islam|negro|terroris|suicid|murder|incest|hitler|trump|lynch"
@@ -140,7 +142,9 @@ def _time(rng: random.Random) -> str:
 
 def _date(rng: random.Random) -> str:
     month, day = rng.choice(_templates()[1]["month"]), rng.randint(1, 31)
-    return f"{month} {day}{rng.choice(('', _suffix(day)))}" + (f", {rng.randint(1950, 2030)}" if rng.random() < 0.2 else "")
+    return f"{month} {day}{rng.choice(('', _suffix(day)))}" + (
+        f", {rng.randint(1950, 2030)}" if rng.random() < 0.2 else ""
+    )
 
 
 def _suffix(number: int) -> str:
@@ -148,7 +152,7 @@ def _suffix(number: int) -> str:
 
 
 def _ordinal(rng: random.Random) -> str:
-    words = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth twentieth last".split()
+    words = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth twentieth last".split()  # noqa: SIM905
     number = rng.randint(1, 31)
     return rng.choice(words) if rng.random() < 0.6 else f"{number}{_suffix(number)}"
 
@@ -190,11 +194,17 @@ SLOTS = {
     "total": lambda rng: str(rng.randint(10, 200)),
     "percent": lambda rng: f"{rng.randint(1, 100)}" + rng.choice(("%", "%", " percent")),
     "temperature": lambda rng: f"{rng.randint(-9, 105)} degrees",
-    "distance": lambda rng: f"{rng.choice((str(rng.randint(2, 99)), f'{rng.randint(1, 9)}.{rng.randint(1, 9)}'))} "
-    + rng.choice(("miles", "meters", "blocks", "feet", "kilometers")),
-    "measure": lambda rng: f"{rng.randint(2, 500)} " + rng.choice(("grams", "pounds", "cups", "ounces", "kilos", "liters")),
+    "distance": lambda rng: (
+        f"{rng.choice((str(rng.randint(2, 99)), f'{rng.randint(1, 9)}.{rng.randint(1, 9)}'))} "
+        + rng.choice(("miles", "meters", "blocks", "feet", "kilometers"))
+    ),
+    "measure": lambda rng: (
+        f"{rng.randint(2, 500)} " + rng.choice(("grams", "pounds", "cups", "ounces", "kilos", "liters"))
+    ),
     "flight": lambda rng: "".join(rng.sample("ABCDEFKLMNQRSTUVX", 2)) + f" {rng.randint(10, 1999)}",
-    "gate": lambda rng: rng.choice("ABCDEF") + str(rng.randint(1, 40)) if rng.random() < 0.5 else str(rng.randint(1, 60)),
+    "gate": lambda rng: (
+        rng.choice("ABCDEF") + str(rng.randint(1, 40)) if rng.random() < 0.5 else str(rng.randint(1, 60))
+    ),
     "title": lambda rng: rng.choice(TITLES),
     "street": lambda rng: rng.choice(("Street", "St.", "Avenue", "Ave.", "Road", "Lane", "Drive")),
     "side": lambda rng: rng.choice(("left", "right")),
@@ -227,7 +237,9 @@ def _capital(word: str) -> str:
 def _capitalised() -> frozenset[str]:
     lists = _templates()[1]
     names = {w.lower() for slot in ("first", "place") for name in _names()[slot] for w in name.split()}
-    return frozenset(({"i", "i'm", "i'll", "i've", "i'd"} | {w.lower() for w in lists["weekday"]}) | names - set(common_words(1500)))
+    return frozenset(
+        ({"i", "i'm", "i'll", "i've", "i'd"} | {w.lower() for w in lists["weekday"]}) | names - set(common_words(1500))
+    )
 
 
 class Texts:
@@ -285,7 +297,12 @@ class Texts:
         while True:
             text = self._draw()
             words = spoken_words(text).split()
-            if len(words) > 22 or not text.isascii() or " ".join(words) in self.forbidden or unseen_words() & set(words):
+            if (
+                len(words) > 22
+                or not text.isascii()
+                or " ".join(words) in self.forbidden
+                or unseen_words() & set(words)
+            ):
                 continue
             self.used.update(words)
             return text

@@ -1,0 +1,50 @@
+"""What is going on, as one line on stderr that vanishes; nothing at all if stderr is no terminal."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, SpinnerColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from pipecat_qwen3.backend import FRAME_SAMPLES, SAMPLE_RATE
+
+
+class Progress:
+    """A bar for loading and speaking; use it as a context."""
+
+    def __init__(self) -> None:
+        self._bar = Bar(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._bar.add_task("loading", total=None)
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def loading(self, what: str) -> None:
+        """Say what is being done before the speech."""
+        self._bar.update(self._task, description=what)
+
+    def speaking(self, max_frames: int | None) -> None:
+        """Speech begins, of at most so many frames, if that is known."""
+        self._began = time.perf_counter()
+        total = max_frames * FRAME_SAMPLES if max_frames else None
+        self._bar.update(self._task, description="speaking", total=total, completed=0)
+
+    def heard(self, samples: int) -> None:
+        """So many samples have come."""
+        seconds = samples / SAMPLE_RATE
+        speed = seconds / max(time.perf_counter() - self._began, 1e-6)
+        self._bar.update(self._task, description=f"{seconds:.1f} s of speech, {speed:.1f} x real time", completed=samples)

@@ -1,0 +1,149 @@
+"""`say`: a text in; a WAV, its codes and the measured times out."""
+
+import asyncio
+import json
+import secrets
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+
+from pipecat_qwen3.backend import Backend, Request
+from pipecat_qwen3.cli_audio import WavFile, check_writable
+from pipecat_qwen3.cli_progress import Progress
+from pipecat_qwen3.cli_speech import Spoken, speak
+from pipecat_qwen3.errors import BadRequestError
+from pipecat_qwen3.local import LocalBackend
+
+INTERRUPTED = 130
+
+
+def run(args: Namespace) -> int:
+    """The command `say`: speak TEXT, or prompt for lines if there is none and a person is there."""
+    if args.text is None:
+        return _prompt(args)
+    text = read_text(args.text)
+    wav = WavFile(Path(args.out or "out.wav"))
+    if args.codes:
+        check_writable(Path(args.codes))
+    with Progress() as progress:
+        backend = open_backend(args, progress)
+        try:
+            progress.speaking(args.max_frames)
+            spoken = asyncio.run(speak(backend, request_of(args, text), wav, progress.heard))
+            wav.close()
+        finally:
+            backend.close()
+    if args.codes:
+        _write_codes(Path(args.codes), spoken.codes)
+    facts = facts_of(args, backend, spoken)
+    print(json.dumps({**facts, "out": str(wav.path)}) if args.json else f"{wav.path}: {describe(facts)}")
+    return INTERRUPTED if spoken.interrupted else 0
+
+
+def read_text(source: str) -> str:
+    """The text that an argument names: itself, `-` for standard input, or `@file`. Raises BadRequestError."""
+    try:
+        if source == "-":
+            text = sys.stdin.buffer.read().decode()
+        elif source.startswith("@"):
+            text = Path(source[1:]).expanduser().read_bytes().decode()
+        else:
+            text = source
+            text.encode()
+    except OSError as error:
+        raise BadRequestError(f"cannot read {source[1:] or source}: {error.strerror or error}") from None
+    except UnicodeError:
+        raise BadRequestError("the text is not UTF-8; convert it first") from None
+    if not any(character.isalnum() for character in text):
+        raise BadRequestError("there is nothing to speak: the text has no letter and no digit")
+    return text.strip()
+
+
+def open_backend(args: Namespace, progress: Progress) -> LocalBackend:
+    """Load and warm the model that the arguments ask for."""
+    return LocalBackend.open(
+        args.model, max_batch=1, device=args.device, dtype=args.dtype, backend=args.backend, progress=progress.loading
+    )
+
+
+def request_of(args: Namespace, text: str) -> Request:
+    """The arguments as a Request without a run-ahead limit; one seed for all sentences of the text."""
+    return Request(
+        text,
+        voice=args.voice,
+        language=args.language,
+        instruct=args.instruct,
+        layout="streaming" if args.stream_text else "whole",
+        seed=secrets.randbits(32) if args.seed is None else args.seed,
+        greedy=args.greedy,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        max_frames=args.max_frames,
+        ahead_s=None,
+    )
+
+
+def facts_of(args: Namespace, backend: LocalBackend, spoken: Spoken) -> dict[str, object]:
+    """What was spoken, by whom, how fast."""
+    return {
+        "frames": spoken.frames,
+        "audio_s": round(spoken.audio_s, 3),
+        "wall_s": round(spoken.wall_s, 4),
+        "rtf": _rounded(spoken.rtf, 4),
+        "first_byte_ms": _rounded(spoken.first_byte_s, 2, 1000),
+        "first_audible_ms": _rounded(spoken.first_audible_s, 2, 1000),
+        "seed": spoken.results[0].seed if spoken.results else args.seed,
+        "end": spoken.end,
+        "model": backend.model,
+        "voice": args.voice or _default_voice(backend),
+        "layout": "streaming" if args.stream_text else "whole",
+        "backend": backend.backend_name,
+        "device": backend.device.type,
+        "dtype": {"bfloat16": "bf16", "float32": "fp32"}[str(backend.dtype).removeprefix("torch.")],
+        "load_s": round(backend.load_s, 2),
+    }
+
+
+def describe(facts: dict[str, object]) -> str:
+    """The same for a person."""
+    times = "no audio"
+    if facts["first_byte_ms"] is not None:
+        audible = f"{facts['first_audible_ms']:.0f} ms" if facts["first_audible_ms"] is not None else "never"
+        times = f"first byte {facts['first_byte_ms']:.0f} ms, first audible sample {audible}, real-time factor {facts['rtf']:.3f}"
+    return (
+        f"{facts['audio_s']:.2f} s, {facts['frames']} frames, end {facts['end']}\n"
+        f"  {times}\n"
+        f"  {facts['model']}, voice {facts['voice']}, {facts['layout']} layout, seed {facts['seed']}; {facts['backend']} on "
+        f"{facts['device']} in {facts['dtype']}, loaded in {facts['load_s']:.1f} s"
+    )
+
+
+def _prompt(args: Namespace) -> int:
+    if not sys.stdin.isatty():
+        raise BadRequestError("no TEXT was given and standard input is not a terminal; pass TEXT, - or @FILE")
+    for option in ("json", "codes"):
+        if getattr(args, option):
+            raise BadRequestError(f"--{option} needs a TEXT")
+    from pipecat_qwen3 import cli_talk
+
+    return cli_talk.run(args)
+
+
+def _default_voice(backend: Backend) -> str | None:
+    return backend.voices[0] if backend.voices else None
+
+
+def _rounded(value: float | None, digits: int, factor: float = 1) -> float | None:
+    return None if value is None else round(value * factor, digits)
+
+
+def _write_codes(path: Path, codes: np.ndarray) -> None:
+    try:
+        with path.open("wb") as file:  # np.save would append .npy to another name
+            np.save(file, codes)
+    except OSError as error:
+        raise BadRequestError(f"cannot write {path}: {error.strerror or error}") from None

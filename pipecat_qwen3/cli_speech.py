@@ -1,0 +1,285 @@
+"""One text through a real Pipecat pipeline: a Backend and a text in, audio into an Output, measurements out."""
+
+import asyncio
+import contextlib
+import re
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from pipecat.audio.utils import detect_speech_onset
+from pipecat.frames.frames import (
+    EndFrame,
+    ErrorFrame,
+    Frame,
+    LLMFullResponseEndFrame,
+    LLMFullResponseStartFrame,
+    LLMTextFrame,
+    TTSAudioRawFrame,
+    TTSSpeakFrame,
+)
+from pipecat.pipeline.pipeline import Pipeline
+from pipecat.pipeline.worker import PipelineParams, PipelineWorker
+from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
+from pipecat.workers.runner import WorkerRunner
+
+from pipecat_qwen3.backend import FRAME_SAMPLES, SAMPLE_RATE, Backend, Request, Result, Stream
+from pipecat_qwen3.cli_audio import Output
+from pipecat_qwen3.errors import EngineError, TTSError
+from pipecat_qwen3.service import Qwen3TTSService
+
+_ENDS = ("eos", "cap", "runaway", "cancelled")
+"""From good to bad; several sentences end as the worst of them."""
+
+_ONE_UTTERANCE = 200
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？]")
+_MOST_SENTENCES = 3
+_ONSET_SAMPLES = 10 * SAMPLE_RATE
+
+
+@dataclass
+class Spoken:
+    """What was spoken and when.
+
+    results          one for each utterance, in order
+    samples          at 24 kHz
+    wall_s           from the text's entry into the pipeline to the last sample's exit
+    first_byte_s     to the first sample, None if there was none
+    first_audible_s  to the moment at which a listener hears sustained speech (10 ms windows above -40 dBFS for 50 ms,
+                     as Pipecat's TTFA) if playback starts with the first byte
+    """
+
+    results: list[Result] = field(default_factory=list)
+    samples: int = 0
+    wall_s: float = 0.0
+    first_byte_s: float | None = None
+    first_audible_s: float | None = None
+    interrupted: bool = False
+
+    @property
+    def end(self) -> str:
+        """The worst end of all utterances: eos, cap, runaway, or cancelled."""
+        return "cancelled" if self.interrupted else max((r.end for r in self.results), key=_ENDS.index)
+
+    @property
+    def frames(self) -> int:
+        """Frames that were spoken; of an interrupted text, those that were heard."""
+        made = sum(result.frames for result in self.results)
+        return min(made, self.samples // FRAME_SAMPLES) if self.interrupted else made
+
+    @property
+    def codes(self) -> np.ndarray:
+        """The spoken frames, int [frames, codebooks]."""
+        made = [result.codes for result in self.results if result.codes is not None]
+        return np.concatenate(made)[: self.frames] if made else np.zeros((0, 0), np.int16)
+
+    @property
+    def audio_s(self) -> float:
+        """Seconds of audio."""
+        return self.samples / SAMPLE_RATE
+
+    @property
+    def rtf(self) -> float | None:
+        """Seconds of work for a second of audio, None without audio."""
+        return self.wall_s / self.audio_s if self.samples else None
+
+
+class Recorder:
+    """A Backend that passes on what a Request of the service cannot say, and keeps the streams it hands out.
+
+    request  everything but the text is taken from here
+    """
+
+    def __init__(self, backend: Backend, request: Request) -> None:
+        self.backend, self.request = backend, request
+        self.streams: list[Stream] = []
+        self.refusal: TTSError | None = None
+        self.interrupted = False
+
+    @property
+    def voices(self) -> tuple[str, ...]:
+        """The backend's."""
+        return self.backend.voices
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The backend's."""
+        return self.backend.languages
+
+    @property
+    def model(self) -> str:
+        """The backend's."""
+        return self.backend.model
+
+    @property
+    def ready(self) -> bool:
+        """The backend's."""
+        return self.backend.ready
+
+    def speak(self, request: Request) -> Stream:
+        """Speak the request's text in the way asked for on the command line."""
+        text = request.text
+        if self.request.layout == "streaming" and isinstance(text, str):
+            text = _word_by_word(text)
+        try:
+            stream = self.backend.speak(replace(self.request, text=text))
+        except TTSError as error:
+            self.refusal = self.refusal or error
+            raise
+        self.streams.append(stream)
+        if self.interrupted:
+            stream.cancel()
+        return stream
+
+    def interrupt(self) -> None:
+        """Stop what is being spoken; returns at once."""
+        self.interrupted = True
+        for stream in self.streams:
+            stream.cancel()
+
+    @property
+    def failed(self) -> TTSError | None:
+        """The first error of any utterance."""
+        errors = (stream.result.error for stream in self.streams if stream.result is not None)
+        return self.refusal or next((error for error in errors if error), None)
+
+    async def results(self) -> list[Result]:
+        """How each utterance ended; a cancelled one ends with the engine's next frame."""
+        return [await asyncio.to_thread(stream.wait, 60) for stream in self.streams]
+
+    def close(self) -> None:
+        """Leave the backend open: it belongs to the caller."""
+
+
+class Listener(FrameProcessor):
+    """The end of the pipeline: writes the audio and notes when it came.
+
+    heard  called with the number of samples so far
+    """
+
+    def __init__(self, output: Output, recorder: Recorder, heard: Callable[[int], None]) -> None:
+        super().__init__()
+        self._output, self._recorder, self._heard = output, recorder, heard
+        self.began = self.ended = 0.0
+        self.samples = 0
+        self.arrivals: list[tuple[float, int]] = []
+        self.opening = bytearray()
+        self.broken: TTSError | None = None
+
+    async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
+        """Write audio, pass everything on."""
+        await super().process_frame(frame, direction)
+        if isinstance(frame, TTSAudioRawFrame) and not self._recorder.interrupted and not self._recorder.failed:
+            self._take(frame.audio)
+        await self.push_frame(frame, direction)
+
+    def _take(self, pcm: bytes) -> None:
+        self.ended = time.perf_counter()
+        self.arrivals.append((self.ended - self.began, self.samples))
+        if self.samples < _ONSET_SAMPLES:
+            self.opening += pcm
+        self.samples += len(pcm) // 2
+        try:
+            self._output.write(pcm)
+        except TTSError as error:
+            self.broken = self.broken or error
+            self._recorder.interrupt()
+        self._heard(self.samples)
+
+    def first_audible_s(self) -> float | None:
+        """When the first audible sample is heard: it waits for every piece up to its own, and for its turn in it."""
+        onset = detect_speech_onset(bytes(self.opening), SAMPLE_RATE)
+        if onset is None:
+            return None
+        return max(at + (onset - first) / SAMPLE_RATE for at, first in self.arrivals if first <= onset)
+
+
+async def speak(
+    backend: Backend, request: Request, output: Output, heard: Callable[[int], None] = lambda samples: None
+) -> Spoken:
+    """Speak request.text into `output` until it is over or Ctrl-C stops it.
+
+    A short text is one utterance; a long one is cut into sentences by Pipecat, all with the same seed.
+    Time counts from the moment the text enters the running pipeline. Raises TTSError.
+    """
+    text = str(request.text)
+    recorder = Recorder(backend, request)
+    # The language also tells Pipecat how to cut sentences.
+    settings = Qwen3TTSService.Settings(language=request.language)
+    service = Qwen3TTSService(backend=recorder, skip_silence=False, settings=settings)
+    listener = Listener(output, recorder, heard)
+    worker = PipelineWorker(
+        Pipeline([service, listener]),
+        params=PipelineParams(audio_out_sample_rate=SAMPLE_RATE),
+        idle_timeout_secs=None,
+        enable_rtvi=False,
+        enable_turn_tracking=False,
+    )
+    errors: list[ErrorFrame] = []
+
+    async def begin(_worker: PipelineWorker, _frame: Frame) -> None:
+        listener.began = listener.ended = time.perf_counter()
+        await worker.queue_frames([*_frames(text), EndFrame()])
+
+    async def give_up(_worker: PipelineWorker, frame: ErrorFrame) -> None:
+        errors.append(frame)
+        await worker.cancel()
+
+    worker.add_event_handler("on_pipeline_started", begin)
+    worker.add_event_handler("on_pipeline_error", give_up)
+
+    stopping: list[asyncio.Task[None]] = []
+
+    def interrupt() -> None:
+        recorder.interrupt()
+        output.stop()
+        stopping.append(asyncio.get_running_loop().create_task(worker.cancel()))
+
+    runner = WorkerRunner(handle_sigint=False)
+    with _on_interrupt(interrupt):
+        await runner.add_workers(worker)
+        await runner.run()
+        await asyncio.gather(*stopping)
+    spoken = Spoken(
+        await recorder.results(),
+        listener.samples,
+        listener.ended - listener.began,
+        listener.arrivals[0][0] if listener.arrivals else None,
+        listener.first_audible_s(),
+        recorder.interrupted,
+    )
+    if error := listener.broken or recorder.failed:
+        raise error
+    if errors and not recorder.interrupted:
+        raise EngineError(f"the Pipecat pipeline failed: {errors[0].error}") from errors[0].exception
+    return spoken
+
+
+def _frames(text: str) -> list[Frame]:
+    if len(text) <= _ONE_UTTERANCE and len(_SENTENCE_END.findall(text)) <= _MOST_SENTENCES:
+        return [TTSSpeakFrame(text)]
+    pieces = [LLMTextFrame(piece) for piece in re.findall(r"\s*\S+|\s+$", text)]
+    return [LLMFullResponseStartFrame(), *pieces, LLMFullResponseEndFrame()]
+
+
+async def _word_by_word(text: str) -> AsyncIterator[str]:
+    for piece in re.findall(r"\s*\S+|\s+$", text):
+        yield piece
+
+
+@contextlib.contextmanager
+def _on_interrupt(handle: Callable[[], None]) -> Iterator[None]:
+    """Call `handle` at the first Ctrl-C; a second one is Python's own KeyboardInterrupt."""
+    loop = asyncio.get_running_loop()
+
+    def once() -> None:
+        loop.remove_signal_handler(signal.SIGINT)
+        handle()
+
+    loop.add_signal_handler(signal.SIGINT, once)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)

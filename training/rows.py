@@ -1,0 +1,171 @@
+"""Shards in, batches of training rows out: one row is a prompt and its speech in one of the two text layouts.
+
+A row is the sequence of the talker's inputs as pipecat_qwen3.prompt builds them, teacher-forced: position p holds a
+text id, perhaps a codec id, perhaps the codes of the frame before, and perhaps the label of the frame to come.
+Knows no weights.
+"""
+
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipecat_qwen3.backend import Layout
+from pipecat_qwen3.config import ModelConfig
+from training.data import VOICES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+AUTO_SHARE = 0.15
+"""Share of rows whose prompt leaves the language open."""
+
+DROPOUT_SHARE, DROPOUT = 0.1, 0.15
+"""Share of texts whose words are cut into smaller pieces (BPE dropout), so that rare pieces are trained as well."""
+
+
+class Utterance(NamedTuple):
+    """ids and token_words [tokens] of a text (the word of each token), and of its speech codes [n,8], phones [n,4], words [n]."""
+
+    ids: list[int]
+    token_words: list[int]
+    codes: Tensor
+    phones: Tensor
+    words: Tensor
+    voice: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right to T positions and N frames; -1 means: none (-100 in labels, -2 in token_words).
+
+    text, codec [B,T]   ids of the two embeddings that are summed
+    frame, target [B,T] index of the frame whose codes are this position's input, and of the one it must predict
+    label [B,T]         code 0 of the target frame, or end of speech
+    token_words [B,T]   word of the text token at this position
+    codes [B,N,8], phones [B,N,4], words [B,N]
+    """
+
+    text: Tensor
+    codec: Tensor
+    frame: Tensor
+    target: Tensor
+    label: Tensor
+    token_words: Tensor
+    codes: Tensor
+    phones: Tensor
+    words: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device."""
+        return Batch(**{name: x.to(device, non_blocking=True) for name, x in vars(self).items()})
+
+
+def tokens_and_words(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list[int], list[int]]:
+    """Ids of a text and, for each, the index of its whitespace-separated word."""
+    drop = zlib.crc32(text.encode()) % 1000 < 1000 * DROPOUT_SHARE
+    tokenizer.backend_tokenizer.model.dropout = DROPOUT if drop else None  # type: ignore[attr-defined]
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    words_before = [len(text[:end].split()) - 1 for _, end in encoded["offset_mapping"]]  # type: ignore[index]
+    return encoded["input_ids"], words_before  # type: ignore[return-value]
+
+
+def read_utterances(paths: Sequence[Path], tokenizer: "PreTrainedTokenizerBase") -> list[Utterance]:
+    """All utterances of some shards, without their waves."""
+    utterances = []
+    for path in paths:
+        shard = torch.load(path, weights_only=True, mmap=True)
+        lengths = shard["frames"].tolist()
+        columns = [torch.split(shard[name].clone(), lengths) for name in ("codes", "phones", "words")]
+        for text, voice, *parts in zip(shard["texts"], shard["voices"].tolist(), *columns, strict=True):
+            utterances.append(Utterance(*tokens_and_words(tokenizer, text), *parts, voice))
+    return utterances
+
+
+def row(config: ModelConfig, utterance: Utterance, layout: Layout, auto: bool) -> dict[str, list[int]]:
+    """The lists of Batch for one utterance: text, codec, frame, target, label, token_words, all of one length."""
+    ids, count = config.ids, len(utterance.codes)
+    language = [ids.nothink, ids.think_bos, ids.think_eos]
+    if not auto:
+        language = [ids.think, ids.think_bos, config.languages["english"], ids.think_eos]
+    prefix = [*language, config.speakers[VOICES[utterance.voice]], ids.codec_pad]
+    role = [ids.im_start, ids.assistant, NEWLINE]
+    text = [*role, *[ids.tts_pad] * (len(prefix) - 1), ids.tts_bos]
+    codec = [-1] * len(role) + prefix
+    begin = len(text)
+    if layout == "whole":
+        text += [*utterance.ids, ids.tts_eos, ids.tts_pad]
+        codec += [ids.codec_pad] * (len(utterance.ids) + 1) + [ids.codec_bos]
+        following = [ids.tts_pad] * count
+    else:
+        text += utterance.ids[:1]
+        codec += [ids.codec_bos]
+        following = [*utterance.ids[1:], ids.tts_eos, *[ids.tts_pad] * count][:count]
+    start = len(text) - 1
+    text, codec = text + following, codec + [-1] * count
+    token_words = [-2] * begin + utterance.token_words
+    return {
+        "text": text,
+        "codec": codec,
+        "frame": [-1] * (start + 1) + list(range(count)),
+        "target": [-1] * start + [*range(count), -1],
+        "label": [-100] * start + [*utterance.codes[:, 0].tolist(), ids.codec_eos],
+        "token_words": (token_words + [-2] * len(text))[: len(text)],
+    }
+
+
+NEWLINE = 198
+"""Id of a newline in every byte-level vocabulary of GPT-2's alphabet: the end of the role's line."""
+
+_PADDING = {"text": 0, "codec": -1, "frame": -1, "target": -1, "label": -100, "token_words": -2}
+
+
+class Choice(NamedTuple):
+    """An utterance as it is to be taught: in which text layout, and whether the prompt leaves the language open."""
+
+    utterance: Utterance
+    layout: Layout
+    auto: bool
+
+
+def collate(config: ModelConfig, choices: Sequence[Choice]) -> Batch:
+    """Rows side by side."""
+    rows = [row(config, *choice) for choice in choices]
+    utterances = [choice.utterance for choice in choices]
+    width = max(len(r["text"]) for r in rows)
+    frames = max(len(u.codes) for u in utterances)
+    columns = {
+        name: torch.tensor([r[name] + [padding] * (width - len(r[name])) for r in rows])
+        for name, padding in _PADDING.items()
+    }
+    codes = torch.zeros(len(rows), frames, utterances[0].codes.shape[1], dtype=torch.long)
+    phones = torch.zeros(len(rows), frames, 4, dtype=torch.long)
+    words = torch.full((len(rows), frames), -1)
+    for index, utterance in enumerate(utterances):
+        count = len(utterance.codes)
+        codes[index, :count] = utterance.codes
+        phones[index, :count] = utterance.phones
+        words[index, :count] = utterance.words
+    return Batch(**columns, codes=codes, phones=phones, words=words)
+
+
+def plan(utterances: Sequence[Utterance], positions: int, rng: random.Random) -> list[list[Choice]]:
+    """One pass in random order as groups for `collate`: rows of like length, at most `positions` positions together."""
+    order = list(utterances)
+    rng.shuffle(order)
+    pool, groups = max(1024, positions // 2), []
+    for begin in range(0, len(order), pool):
+        current: list[list[Choice]] = [[]]
+        for utterance in sorted(order[begin : begin + pool], key=lambda u: len(u.codes) + len(u.ids)):
+            length = len(utterance.codes) + len(utterance.ids) + 12
+            if current[-1] and length * (len(current[-1]) + 1) > positions:
+                current.append([])
+            current[-1].append(Choice(utterance, rng.choice(("whole", "streaming")), rng.random() < AUTO_SHARE))
+        rng.shuffle(current)
+        groups += current
+    return groups

@@ -1,0 +1,203 @@
+"""Shards with codes in, a trained talker and code predictor out: resumable, schedules in steps, averaged weights.
+
+    python -m training.train_talker BASE DATA… --run RUN --codebooks BOOKS.pt --steps 20000
+
+BASE is a checkpoint folder: its configs, tokenizer and weights are the beginning. RUN/last.pt is written every few
+minutes and taken up again by the same command. New shards in DATA are taken up at the next pass.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pipecat_qwen3.checkpoint import Checkpoint
+from training.codebooks import Codebooks
+from training.data import HELD_OUT
+from training.rows import Choice, Utterance, collate, plan, read_utterances
+from training.talker_loss import AuxiliaryHeads, TalkerLoss, total
+from training.text import held_out
+
+AVERAGE = 0.9985
+"""Decay a step of the averaged weights, which are what is exported."""
+
+
+def rate(step: int, steps: int, warm: int, hold: float) -> float:
+    """Factor on the learning rate: linear warm-up, constant until `hold` of the steps, then a cosine to 1 %."""
+    fraction = step / steps
+    falling = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, fraction - hold) / (1 - hold))))
+    return min(1.0, (step + 1) / warm) * max(0.01, falling)
+
+
+class Trainer:
+    """Everything that a step changes."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.manual_seed(options.seed)
+        checkpoint = Checkpoint.open(options.base)
+        self.options, self.config, self.device = options, checkpoint.config, torch.device(options.device)
+        self.tokenizer = checkpoint.load_tokenizer()
+        self.talker = checkpoint.load_talker(torch.float32).to(self.device).train().requires_grad_(True)
+        if options.init:
+            state = torch.load(options.init, weights_only=True, map_location=self.device)["m"]
+            self.talker.load_state_dict({name.removeprefix("talker."): x.float() for name, x in state.items()})
+        books = Codebooks.load(options.codebooks).books.to(self.device)
+        self.heads = AuxiliaryHeads(self.config.shape.talker.hidden, books.shape[-1]).to(self.device)
+        self.loss = TalkerLoss(self.talker, self.heads, books, options.compile)
+        matrices, others = [], list(self.heads.parameters())
+        for name, parameter in self.talker.named_parameters():
+            (matrices if parameter.dim() >= 2 and "embedding" not in name else others).append(parameter)
+        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
+        self.average = {name: x.clone() for name, x in self.talker.state_dict().items()}
+        self.step, self.seconds, self.positions = 0, 0.0, 0
+        self.path = options.run / "last.pt"
+        if self.path.exists():
+            self._resume(torch.load(self.path, map_location=self.device, weights_only=True))
+
+    def _resume(self, saved: dict[str, Any]) -> None:
+        self.talker.load_state_dict(saved["talker"])
+        self.heads.load_state_dict(saved["heads"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.average = saved["average"]
+        self.step, self.seconds, self.positions = saved["step"], saved["seconds"], saved["positions"]
+        print(f"resumed at step {self.step}", flush=True)
+
+    def save(self) -> None:
+        """Write everything that `_resume` needs."""
+        parts = {"talker": self.talker, "heads": self.heads, "optimizer": self.optimizer}
+        state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"average": self.average, "step": self.step, "seconds": self.seconds, "positions": self.positions}
+        torch.save(state, self.path.with_suffix(".part"))
+        self.path.with_suffix(".part").rename(self.path)
+
+    def learn(self, choices: list[Choice] | Any) -> dict[str, Tensor]:
+        """One step on one batch."""
+        options, batch = self.options, choices.to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.lr * rate(self.step, options.steps, options.warm, options.hold)
+        guided = options.guided * max(0.0, 1 - self.step / options.steps / options.guided_until)
+        losses = self.loss(batch, noise=True, guided=guided > 0, share=options.predictor_share)
+        self.optimizer.zero_grad(set_to_none=True)
+        total(losses, guided).backward()
+        torch.nn.utils.clip_grad_norm_(self.talker.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        self.positions += batch.text.numel()
+        if self.step % 5 == 0:
+            decay = min(AVERAGE**5, (1 + self.step) / (60 + self.step))
+            with torch.no_grad():
+                for name, x in self.talker.state_dict().items():
+                    self.average[name].lerp_(x, 1 - decay)
+        return {name: x.detach() for name, x in losses.items()}
+
+    @torch.no_grad()
+    def examine(self, groups: dict[str, list[Utterance]]) -> dict[str, float]:
+        """Losses of the averaged weights on held-out recordings, without noise: code 0 per group and layout, code 1."""
+        kept = {name: x.clone() for name, x in self.talker.state_dict().items()}
+        self.talker.load_state_dict(self.average)
+        figures: dict[str, float] = {}
+        for name, utterances in groups.items():
+            for layout in ("whole", "streaming"):
+                found, weight = 0.0, 0
+                for begin in range(0, len(utterances), 30):
+                    part = utterances[begin : begin + 30]
+                    batch = collate(self.config, [Choice(u, layout, False) for u in part]).to(self.device)
+                    losses = self.loss(batch, noise=False, guided=False, share=0.0)
+                    found += float(losses["code0"]) * len(part)
+                    weight += len(part)
+                figures[f"{name} {layout}"] = found / weight
+        self.talker.load_state_dict(kept)
+        return figures
+
+
+def held_out_groups(path: Path, tokenizer: Any) -> dict[str, list[Utterance]]:
+    """The held-out recordings: sentences of known words, with unseen words, and with digits or in pairs."""
+    names = {"unseen": "unseen", "digits": "long", "pair": "long"}
+    found: dict[str, list[Utterance]] = {"known": [], "unseen": [], "long": []}
+    rows = held_out()
+    for index, utterance in enumerate(read_utterances([path], tokenizer)):
+        found[names.get(rows[index % len(rows)][0], "known")].append(utterance)
+    return found
+
+
+def shards(folders: list[Path]) -> list[Path]:
+    """Numbered shards of all folders."""
+    return [path for folder in folders for path in sorted(folder.glob("[0-9]*.pt"))]
+
+
+def main() -> None:
+    """Train until --steps; the same command goes on where the last one stopped."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("base")
+    parser.add_argument("data", type=Path, nargs="+")
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--codebooks", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="weights to begin with instead of the base's")
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--warm", type=int, default=200)
+    parser.add_argument("--hold", type=float, default=0.35)
+    parser.add_argument("--positions", type=int, default=2000, help="of a batch; 60000 suits a GPU")
+    parser.add_argument("--predictor-share", type=float, default=0.25)
+    parser.add_argument("--guided", type=float, default=0.8)
+    parser.add_argument("--guided-until", type=float, default=0.45)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0, help="processes that build batches; 4 suits a GPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.run.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(options)
+    groups = held_out_groups(options.data[0] / HELD_OUT, trainer.tokenizer)
+    rng = random.Random(options.seed + trainer.step)
+    known: list[Path] = []
+    utterances: list[Utterance] = []
+    said, saved, began = time.monotonic(), time.monotonic(), time.monotonic()
+    sums: dict[str, Tensor] = {}
+    count, positions = 0, trainer.positions
+    while trainer.step < options.steps:
+        if (found := shards(options.data)) != known:
+            utterances += read_utterances([path for path in found if path not in known], trainer.tokenizer)
+            known = found
+            print(f"{len(utterances)} utterances, {sum(len(u.codes) for u in utterances)} frames", flush=True)
+        loader = DataLoader(
+            plan(utterances, options.positions, rng),  # type: ignore[arg-type]
+            batch_size=None,
+            collate_fn=partial(collate, trainer.config),
+            num_workers=options.workers,
+        )
+        for batch in loader:
+            losses = trainer.learn(batch)
+            sums = {name: sums.get(name, 0) + x for name, x in losses.items()}
+            count += 1
+            now = time.monotonic()
+            if now - said > 60 or trainer.step >= options.steps:
+                trainer.seconds += now - began
+                means = {name: [round(v, 3) for v in (x / count).reshape(-1).tolist()] for name, x in sums.items()}
+                speed = (trainer.positions - positions) / (now - said)
+                line = {"step": trainer.step, "minutes": round(trainer.seconds / 60, 1), "positions/s": round(speed)}
+                print(json.dumps(line | means), flush=True)
+                said, began, sums, count, positions = now, now, {}, 0, trainer.positions
+            if trainer.step % 500 == 0 or trainer.step >= options.steps:
+                figures = {name: round(x, 4) for name, x in trainer.examine(groups).items()}
+                print(json.dumps({"step": trainer.step, "held out": figures}), flush=True)
+            if now - saved > 180 or trainer.step >= options.steps:
+                trainer.save()
+                saved = now
+            if trainer.step >= options.steps or (trainer.step % 500 == 0 and shards(options.data) != known):
+                break
+
+
+if __name__ == "__main__":
+    main()
