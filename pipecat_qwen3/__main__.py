@@ -35,6 +35,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
     except TTSError as error:
         return _complain(error, 1, debug)
+    except ModuleNotFoundError as error:
+        return _complain(
+            TTSError(f"the library {error.name} is not installed; run: pip install pipecat-qwen3"), 1, debug
+        )
     except Exception as error:
         return _complain(error, 1, debug, hint=" (a bug? PIPECAT_QWEN3_DEBUG=1 shows where)")
 
@@ -48,7 +52,7 @@ def _parse(args: Sequence[str]) -> Namespace:
     parser = cli_parser.build()
     parsed = parser.strict(args)
     if parsed.command is None:
-        raise BadRequestError(f"no command was given; the commands are {', '.join(known)} (see {parser.prog} --help)")
+        raise BadRequestError(f"no command was given; the commands are {', '.join(known)}; see {parser.prog} --help")
     return parsed
 
 
@@ -57,12 +61,14 @@ def _run(args: Namespace, debug: bool) -> int:
         from pipecat_qwen3 import doctor
 
         return doctor.run(args)
-    from pipecat_qwen3 import cli_say, cli_voices
+    from pipecat_qwen3 import cli_voices
 
     if args.command == "voices":
         return cli_voices.run(args)
     cli_voices.check_names(args.model, args.voice, args.language)
     _set_up_logs(debug)
+    from pipecat_qwen3 import cli_say
+
     return cli_say.run(args)
 
 

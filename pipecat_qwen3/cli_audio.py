@@ -17,7 +17,20 @@ from pipecat_qwen3.errors import BadRequestError, TTSError
 _RAW = str(SAMPLE_RATE)
 _PLAYERS = {
     "aplay": ["-q", "-t", "raw", "-f", "S16_LE", "-r", _RAW, "-c", "1", "-"],
-    "ffplay": ["-loglevel", "quiet", "-nodisp", "-autoexit", "-f", "s16le", "-ar", _RAW, "-ch_layout", "mono", "-i", "-"],
+    "ffplay": [
+        "-loglevel",
+        "quiet",
+        "-nodisp",
+        "-autoexit",
+        "-f",
+        "s16le",
+        "-ar",
+        _RAW,
+        "-ch_layout",
+        "mono",
+        "-i",
+        "-",
+    ],
     "afplay": [],
 }
 """Players that read raw PCM from their standard input, with the options for it; afplay (macOS) plays files only."""
@@ -64,7 +77,9 @@ class WavFile:
         self._opened().close()
 
     def stop(self) -> None:
-        """Finish the file with what it has."""
+        """Finish the file with what it has; nothing may be written afterwards."""
+        if self._wave is not None:
+            self._wave.close()
 
     def _opened(self) -> wave.Wave_write:
         if self._wave is None:

@@ -20,11 +20,11 @@ Ctrl-C stops the speech; the WAV is valid at every moment.
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """'; did you mean X?' for the name that looks most like an unknown one, or nothing."""
+    """' (did you mean X?)' for the name that looks most like an unknown one, or nothing."""
     by_lower = {known.lower(): known for known in names}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1)
     close = close or [known for known in by_lower if name and known.startswith(name.lower())]
-    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,14 +35,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line."""
-        raise BadRequestError(f"{message} (see {self.prog} --help)")
+        raise BadRequestError(f"{message}; see {self.prog} --help")
 
     def strict(self, args: Sequence[str]) -> argparse.Namespace:
         """Parse everything, naming the nearest option for an unknown one."""
         parsed, unknown = self.parse_known_args(args)
-        if unknown:
-            options = _options(self, getattr(parsed, "command", None))
+        if unknown and unknown[0].startswith("-"):
+            options = _options(self, parsed.command)
             self.error(f"there is no option {unknown[0]!r}{nearest(unknown[0].split('=')[0], options)}")
+        if unknown:
+            self.error(f"there is no place for {unknown[0]!r}: put a text of several words in quotes")
         return parsed
 
 
@@ -51,13 +53,17 @@ def one_of(*names: str) -> Callable[[str], str]:
 
     def parse(value: str) -> str:
         if value not in names:
-            raise argparse.ArgumentTypeError(f"should be one of {', '.join(names)}, but is {value!r}{nearest(value, names)}")
+            raise argparse.ArgumentTypeError(
+                f"should be one of {', '.join(names)}, but is {value!r}{nearest(value, names)}"
+            )
         return value
 
     return parse
 
 
-def number(kind: type[int] | type[float], low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+def number(
+    kind: type[int] | type[float], low: float, high: float = math.inf, above: bool = False
+) -> Callable[[str], Any]:
     """An argument that is a finite number from `low` (or above it) up to `high`."""
 
     def parse(value: str) -> int | float:
@@ -106,7 +112,10 @@ def _options(top: argparse.ArgumentParser, command: str | None) -> list[str]:
 
 def _add_model(parser: Parser) -> None:
     parser.add_argument(
-        "--model", default="embedded", metavar="M", help="embedded (default), a checkpoint folder, or OWNER/NAME on Hugging Face"
+        "--model",
+        default="embedded",
+        metavar="M",
+        help="embedded (default), a checkpoint folder, or OWNER/NAME on Hugging Face",
     )
 
 
@@ -117,8 +126,12 @@ def _add_device(parser: Parser) -> None:
         default="auto",
         help="how frames are launched: auto (default), persistent, graph, torch",
     )
-    parser.add_argument("--dtype", type=one_of("auto", "bf16", "fp32"), default="auto", help="auto (default), bf16, fp32")
-    parser.add_argument("--device", type=one_of("auto", "cpu", "cuda"), default="auto", help="auto (default), cpu, cuda")
+    parser.add_argument(
+        "--dtype", type=one_of("auto", "bf16", "fp32"), default="auto", help="auto (default), bf16, fp32"
+    )
+    parser.add_argument(
+        "--device", type=one_of("auto", "cpu", "cuda"), default="auto", help="auto (default), cpu, cuda"
+    )
 
 
 def _add_say(say: Parser) -> None:
@@ -128,13 +141,21 @@ def _add_say(say: Parser) -> None:
     say.add_argument("--language", metavar="NAME", help="a language that `voices` lists, or auto")
     say.add_argument("--instruct", metavar="HOW", help="how to speak, in words; 1.7B models only")
     say.add_argument("--stream-text", action="store_true", help="feed the text word by word, in the streaming layout")
-    say.add_argument("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="seed of the random stream (default: drawn)")
+    say.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="seed of the random stream (default: drawn)"
+    )
     say.add_argument("--greedy", action="store_true", help="take the likeliest code instead of sampling")
     say.add_argument("--temperature", type=number(float, 0, 100, above=True), metavar="T", help="sampling temperature")
     say.add_argument("--top-k", type=number(int, 0), metavar="K", help="sample from the K likeliest codes, 0 for all")
-    say.add_argument("--top-p", type=number(float, 0, 1, above=True), metavar="P", help="sample from the likeliest codes up to P")
-    say.add_argument("--repetition-penalty", type=number(float, 0, 100, above=True), metavar="R", help="penalty for spoken codes")
-    say.add_argument("--max-frames", type=number(int, 1), metavar="N", help="at most N frames of 80 ms for each utterance")
+    say.add_argument(
+        "--top-p", type=number(float, 0, 1, above=True), metavar="P", help="sample from the likeliest codes up to P"
+    )
+    say.add_argument(
+        "--repetition-penalty", type=number(float, 0, 100, above=True), metavar="R", help="penalty for spoken codes"
+    )
+    say.add_argument(
+        "--max-frames", type=number(int, 1), metavar="N", help="at most N frames of 80 ms for each utterance"
+    )
     say.add_argument("--codes", metavar="NPY", help="write the spoken frames as int [frames, codebooks]")
     say.add_argument("--json", action="store_true", help="one line of JSON on standard output")
     _add_model(say)

@@ -30,7 +30,9 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def loading(self, what: str) -> None:
@@ -47,4 +49,6 @@ class Progress:
         """So many samples have come."""
         seconds = samples / SAMPLE_RATE
         speed = seconds / max(time.perf_counter() - self._began, 1e-6)
-        self._bar.update(self._task, description=f"{seconds:.1f} s of speech, {speed:.1f} x real time", completed=samples)
+        self._bar.update(
+            self._task, description=f"{seconds:.1f} s of speech, {speed:.1f} x real time", completed=samples
+        )

@@ -6,15 +6,18 @@ import secrets
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipecat_qwen3.backend import Backend, Request
+from pipecat_qwen3.backend import Request
 from pipecat_qwen3.cli_audio import WavFile, check_writable
 from pipecat_qwen3.cli_progress import Progress
-from pipecat_qwen3.cli_speech import Spoken, speak
 from pipecat_qwen3.errors import BadRequestError
-from pipecat_qwen3.local import LocalBackend
+
+if TYPE_CHECKING:
+    from pipecat_qwen3.cli_speech import Spoken
+    from pipecat_qwen3.local import LocalBackend
 
 INTERRUPTED = 130
 
@@ -27,6 +30,8 @@ def run(args: Namespace) -> int:
     wav = WavFile(Path(args.out or "out.wav"))
     if args.codes:
         check_writable(Path(args.codes))
+    from pipecat_qwen3.cli_speech import speak
+
     with Progress() as progress:
         backend = open_backend(args, progress)
         try:
@@ -34,6 +39,7 @@ def run(args: Namespace) -> int:
             spoken = asyncio.run(speak(backend, request_of(args, text), wav, progress.heard))
             wav.close()
         finally:
+            wav.stop()
             backend.close()
     if args.codes:
         _write_codes(Path(args.codes), spoken.codes)
@@ -61,8 +67,10 @@ def read_text(source: str) -> str:
     return text.strip()
 
 
-def open_backend(args: Namespace, progress: Progress) -> LocalBackend:
-    """Load and warm the model that the arguments ask for."""
+def open_backend(args: Namespace, progress: Progress) -> "LocalBackend":
+    """Load and warm the model that the arguments ask for. Torch is imported here, after all that can fail without it."""
+    from pipecat_qwen3.local import LocalBackend
+
     return LocalBackend.open(
         args.model, max_batch=1, device=args.device, dtype=args.dtype, backend=args.backend, progress=progress.loading
     )
@@ -87,7 +95,7 @@ def request_of(args: Namespace, text: str) -> Request:
     )
 
 
-def facts_of(args: Namespace, backend: LocalBackend, spoken: Spoken) -> dict[str, object]:
+def facts_of(args: Namespace, backend: "LocalBackend", spoken: "Spoken") -> dict[str, object]:
     """What was spoken, by whom, how fast."""
     return {
         "frames": spoken.frames,
@@ -99,7 +107,7 @@ def facts_of(args: Namespace, backend: LocalBackend, spoken: Spoken) -> dict[str
         "seed": spoken.results[0].seed if spoken.results else args.seed,
         "end": spoken.end,
         "model": backend.model,
-        "voice": args.voice or _default_voice(backend),
+        "voice": _voice(args.voice, backend.voices),
         "layout": "streaming" if args.stream_text else "whole",
         "backend": backend.backend_name,
         "device": backend.device.type,
@@ -133,8 +141,9 @@ def _prompt(args: Namespace) -> int:
     return cli_talk.run(args)
 
 
-def _default_voice(backend: Backend) -> str | None:
-    return backend.voices[0] if backend.voices else None
+def _voice(asked: str | None, voices: tuple[str, ...]) -> str | None:
+    """The voice that speaks, as the checkpoint spells it; the first one if none was asked for."""
+    return next((voice for voice in voices if asked is None or voice.lower() == asked.lower()), None)
 
 
 def _rounded(value: float | None, digits: int, factor: float = 1) -> float | None:

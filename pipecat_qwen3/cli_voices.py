@@ -53,7 +53,9 @@ def check_name(kind: str, name: str | None, names: object, config: ModelConfig |
     if name is None or name.lower() in (n.lower() for n in known):
         return
     if not known and config is not None:
-        raise UnknownNameError(f"no {kind} {name!r}: a {config.variant} checkpoint has no named {kind}s; leave --{kind} out")
+        raise UnknownNameError(
+            f"no {kind} {name!r}: a {config.variant} checkpoint has no named {kind}s; leave --{kind} out"
+        )
     raise UnknownNameError(f"no {kind} {name!r}{nearest(name, known)}; this model has {choices(known)}")
 
 

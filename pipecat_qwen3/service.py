@@ -39,7 +39,7 @@ from pipecat_qwen3.errors import (
     choices,
 )
 
-_LANGUAGES = {
+_LANGUAGES: dict[str, str] = {
     Language.ZH: "chinese",
     Language.EN: "english",
     Language.FR: "french",
@@ -128,7 +128,6 @@ class Qwen3TTSService(TTSService):
     """
 
     Settings = Qwen3TTSSettings
-    _settings: Settings
 
     def __init__(
         self,
@@ -203,7 +202,7 @@ class Qwen3TTSService(TTSService):
 
         Chinese dialects belong to speakers, not to languages: zh-CN-sichuan is "chinese".
         """
-        return _LANGUAGES.get(_base(language))
+        return _LANGUAGES.get(language.split("-")[0])
 
     # -- life ------------------------------------------------------------------------------------------------
 
@@ -457,13 +456,6 @@ def _check_options(service: type, options: Mapping[str, Any]) -> None:
     if set(unknown) <= set(_SPOKEN_SETTINGS):
         hint = f"; pass settings={service.__name__}.Settings({unknown[0]}=...)"
     raise UnknownNameError(f"{service.__name__} has no option {choices(unknown)}{hint}")
-
-
-def _base(language: Language) -> Language | None:
-    try:
-        return Language(language.split("-")[0])
-    except ValueError:
-        return None
 
 
 def _as_pipecat_language(language: Any) -> Any:

@@ -259,7 +259,7 @@ def test_a_voice_takes_five_megabytes_in_the_official_geometry():
 def test_decoding_never_asks_the_device_for_a_value():
     with torch.device("meta"):  # where there are no values, so that asking raises
         codec = CodecDecoder(OFFICIAL).fold()
-        state, codes = CodecState.zeros(OFFICIAL, 5), torch.zeros(3, 16, 2, dtype=torch.int64)
+        state, codes = CodecState.zeros(OFFICIAL, 5, "meta"), torch.zeros(3, 16, 2, dtype=torch.int64)
         assert codec.decode(codes, state, torch.zeros(3, dtype=torch.int64)).shape == (3, 2 * 1920)
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import types
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -114,7 +114,7 @@ def metrics(frames: list[Frame], kind: type[MetricsData]) -> list:
     ]
 
 
-def samples(frames: list[Frame]) -> np.ndarray:
+def samples(frames: Sequence[Frame]) -> np.ndarray:
     """int16 [n]: the audio of the frames."""
     audio = b"".join(frame.audio for frame in frames if isinstance(frame, TTSAudioRawFrame))
     return np.frombuffer(audio, np.int16)
@@ -614,10 +614,10 @@ async def test_a_change_of_model_is_refused_with_a_warning(backend, log):
 )
 async def test_languages_are_named_as_the_model_names_them(backend, given, spoken, splitter):
     at_start = Qwen3TTSService(backend=backend, settings=Qwen3TTSSettings(language=given))
-    assert (at_start.settings.language, at_start.text_aggregation_language) == (spoken, splitter)
+    assert (at_start.settings.given_fields()["language"], at_start.text_aggregation_language) == (spoken, splitter)
     later = Qwen3TTSService(backend=backend, settings=Qwen3TTSSettings(language=Language.FR))
     await speak(later, TTSUpdateSettingsFrame(delta=Qwen3TTSSettings(language=given)))
-    assert (later.settings.language, later.text_aggregation_language) == (spoken, splitter)
+    assert (later.settings.given_fields()["language"], later.text_aggregation_language) == (spoken, splitter)
 
 
 @pytest.mark.parametrize("wrong", [Qwen3TTSSettings(voice="nobody"), Qwen3TTSSettings(language=Language.SW)])

@@ -1,0 +1,100 @@
+"""Prompts, codes and samples against what the official package made of the same checkpoints (tests/golden)."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipecat_qwen3.backend import Request
+from pipecat_qwen3.local import LocalBackend
+from tests.golden.cases import EMBEDDED
+from tests.ours import Ours
+from tests.random_checkpoint import digest, make
+
+GOLDEN = Path(__file__).parent / "golden"
+TOLD: dict[str, Any] = json.loads((GOLDEN / "goldens.json").read_text(encoding="utf-8"))
+SPOKEN = [case for case in TOLD["cases"] if not case["clone"]]  # backends take no reference audio
+WITH_PROMPT = [case for case in SPOKEN if len(case["requests"]) == 1 and case["name"].endswith("greedy")]
+Speaker = Callable[[str], Ours]
+
+
+def named(cases: list[dict[str, Any]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=[case["name"].replace(" ", "-") for case in cases])
+
+
+@pytest.fixture(scope="module")
+def golden() -> Iterator[np.lib.npyio.NpzFile]:
+    with np.load(GOLDEN / "goldens.npz") as arrays:
+        yield arrays
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory, embedded: LocalBackend) -> Iterator[Speaker]:
+    """Ours by the checkpoint's name in the goldens; each is opened once."""
+    opened: dict[str, LocalBackend] = {}
+
+    def get(checkpoint: str) -> Ours:
+        if checkpoint not in opened:
+            folder = embedded.checkpoint.folder
+            if checkpoint != EMBEDDED:
+                variant, geometry, seed = checkpoint.split("/")
+                folder = make(tmp_path_factory.mktemp("parity"), variant, geometry, "fp32", int(seed))  # type: ignore[arg-type]
+            found, wanted = digest(folder), TOLD["checkpoints"][checkpoint]
+            assert found == wanted, (
+                f"checkpoint {checkpoint} is not the one that the goldens were made from (sha256 {found[:12]}…, then "
+                f"{wanted[:12]}…): tests/random_*.py or the embedded voice have changed; make the goldens again"
+            )
+            same = checkpoint == EMBEDDED
+            opened[checkpoint] = embedded if same else LocalBackend.open(str(folder), device="cpu", dtype="fp32")
+        return Ours(opened[checkpoint])
+
+    yield get
+    for checkpoint, backend in opened.items():
+        if checkpoint != EMBEDDED:
+            backend.close()
+
+
+@named(WITH_PROMPT)
+def test_the_prompt_is_the_official_one(case: dict[str, Any], ours: Speaker, golden: Any) -> None:
+    prompt, trailing = ours(case["checkpoint"]).prompt(Request(**case["requests"][0]))
+    for ours_, name in ((prompt, "prompt"), (trailing, "trailing")):
+        official = torch.from_numpy(golden[f"{case['name']}/0/{name}"])
+        assert ours_.shape == official.shape
+        torch.testing.assert_close(ours_, official, rtol=0, atol=1e-5)
+
+
+@named(SPOKEN)
+def test_the_codes_are_the_official_ones(case: dict[str, Any], ours: Speaker, golden: Any) -> None:
+    requests = [Request(**request) for request in case["requests"]]
+    spoken = ours(case["checkpoint"]).speak(requests)
+    for row, (_, result) in enumerate(spoken):
+        official = golden[f"{case['name']}/{row}/codes"]
+        assert result.codes is not None
+        np.testing.assert_array_equal(result.codes, official)
+        assert result.end == ("eos" if case["ended"][row] else "cap")
+
+
+@named([case for case in SPOKEN if case["name"] in ("unprojected whole sampled", "embedded whole greedy")])
+def test_the_samples_are_the_official_ones(case: dict[str, Any], ours: Speaker, golden: Any) -> None:
+    [(pcm, _)] = ours(case["checkpoint"]).speak([Request(**case["requests"][0])])
+    official = golden[f"{case['name']}/0/wav"]
+    np.testing.assert_allclose(pcm / 32768, official, rtol=0, atol=1e-4)
+
+
+def test_every_mode_and_layout_is_among_the_goldens() -> None:
+    seen = {
+        (case["checkpoint"].split("/")[0], request.get("layout", "whole"), "instruct" in request, len(case["requests"]) > 1)
+        for case in SPOKEN
+        for request in case["requests"]
+    }
+    layouts = ("whole", "streaming")
+    for layout in layouts:
+        for instructed in (True, False):
+            assert ("custom_voice", layout, instructed, False) in seen
+            assert ("custom_voice", layout, instructed, True) in seen
+        assert ("voice_design", layout, True, False) in seen
+        assert (EMBEDDED, layout, False, False) in seen
