@@ -36,9 +36,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except TTSError as error:
         return _complain(error, 1, debug)
     except ModuleNotFoundError as error:
-        return _complain(
-            TTSError(f"the library {error.name} is not installed; run: pip install pipecat-qwen3"), 1, debug
-        )
+        missing = TTSError(f"the library {error.name} is not installed; run: pip install pipecat-qwen3")
+        return _complain(missing, 1, debug)
     except Exception as error:
         return _complain(error, 1, debug, hint=" (a bug? PIPECAT_QWEN3_DEBUG=1 shows where)")
 
@@ -73,7 +72,7 @@ def _run(args: Namespace, debug: bool) -> int:
 
 
 def _set_up_logs(debug: bool) -> None:
-    """Pipecat greets and logs on stderr as soon as it is imported; here stderr belongs to the progress and the errors."""
+    """Keep stderr for progress and errors: Pipecat greets and logs there as soon as it is imported."""
     from loguru import logger
 
     if not debug:

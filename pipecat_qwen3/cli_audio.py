@@ -84,7 +84,7 @@ class WavFile:
     def _opened(self) -> wave.Wave_write:
         if self._wave is None:
             try:
-                self._wave = wave.open(str(self.path), "wb")
+                self._wave = wave.open(str(self.path), "wb")  # noqa: SIM115 - open until close() or stop()
                 self._wave.setparams((1, 2, SAMPLE_RATE, 0, "NONE", "not compressed"))
                 self._wave.writeframes(b"")
             except OSError as error:

@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -44,7 +43,7 @@ class Parser(argparse.ArgumentParser):
             options = _options(self, parsed.command)
             self.error(f"there is no option {unknown[0]!r}{nearest(unknown[0].split('=')[0], options)}")
         if unknown:
-            self.error(f"there is no place for {unknown[0]!r}: put a text of several words in quotes")
+            self.error(f"there is no place for {unknown[0]!r}; put a text of several words in quotes")
         return parsed
 
 
@@ -67,16 +66,15 @@ def number(
     """An argument that is a finite number from `low` (or above it) up to `high`."""
 
     def parse(value: str) -> int | float:
-        bounds = f"{'above' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
         try:
             parsed = kind(value)
-            fits = math.isfinite(parsed) and low <= parsed <= high and not (above and parsed == low)
-        except (ValueError, OverflowError):
-            fits = False
-        if not fits:
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"should be {name} {bounds}, but is {value!r}")
-        return parsed
+        except ValueError:
+            parsed = math.nan
+        if math.isfinite(parsed) and low <= parsed <= high and not (above and parsed == low):
+            return parsed
+        name = "a whole number" if kind is int else "a number"
+        bounds = f"{'above' if above else 'of at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+        raise argparse.ArgumentTypeError(f"should be {name} {bounds}, but is {value!r}")
 
     return parse
 

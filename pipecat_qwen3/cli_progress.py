@@ -5,10 +5,13 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from pipecat_qwen3.backend import FRAME_SAMPLES, SAMPLE_RATE
+
+CHARACTERS_A_SECOND = 15
+"""How fast people speak: only the length of the bar depends on it."""
 
 
 class Progress:
@@ -16,14 +19,14 @@ class Progress:
 
     def __init__(self) -> None:
         self._bar = Bar(
-            SpinnerColumn(),
+            BarColumn(bar_width=24),
             TextColumn("{task.description}"),
-            BarColumn(),
             console=Console(stderr=True),
+            refresh_per_second=5,
             transient=True,
             disable=not sys.stderr.isatty(),
         )
-        self._task = self._bar.add_task("loading", total=None)
+        self._task = self._bar.add_task("loading", total=1)
         self._began = time.perf_counter()
 
     def __enter__(self) -> "Progress":
@@ -39,10 +42,11 @@ class Progress:
         """Say what is being done before the speech."""
         self._bar.update(self._task, description=what)
 
-    def speaking(self, max_frames: int | None) -> None:
-        """Speech begins, of at most so many frames, if that is known."""
+    def speaking(self, text: str, max_frames: int | None) -> None:
+        """Speech of `text` begins, which will take about a second for fifteen characters."""
         self._began = time.perf_counter()
-        total = max_frames * FRAME_SAMPLES if max_frames else None
+        samples = len(text) * SAMPLE_RATE // CHARACTERS_A_SECOND
+        total = min(samples, max_frames * FRAME_SAMPLES) if max_frames else samples
         self._bar.update(self._task, description="speaking", total=total, completed=0)
 
     def heard(self, samples: int) -> None:

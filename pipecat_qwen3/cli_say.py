@@ -35,7 +35,7 @@ def run(args: Namespace) -> int:
     with Progress() as progress:
         backend = open_backend(args, progress)
         try:
-            progress.speaking(args.max_frames)
+            progress.speaking(text, args.max_frames)
             spoken = asyncio.run(speak(backend, request_of(args, text), wav, progress.heard))
             wav.close()
         finally:
@@ -68,7 +68,7 @@ def read_text(source: str) -> str:
 
 
 def open_backend(args: Namespace, progress: Progress) -> "LocalBackend":
-    """Load and warm the model that the arguments ask for. Torch is imported here, after all that can fail without it."""
+    """Load and warm the model that the arguments ask for; imports torch, after all that can fail without it."""
     from pipecat_qwen3.local import LocalBackend
 
     return LocalBackend.open(
@@ -118,15 +118,18 @@ def facts_of(args: Namespace, backend: "LocalBackend", spoken: "Spoken") -> dict
 
 def describe(facts: dict[str, object]) -> str:
     """The same for a person."""
-    times = "no audio"
-    if facts["first_byte_ms"] is not None:
-        audible = f"{facts['first_audible_ms']:.0f} ms" if facts["first_audible_ms"] is not None else "never"
-        times = f"first byte {facts['first_byte_ms']:.0f} ms, first audible sample {audible}, real-time factor {facts['rtf']:.3f}"
-    return (
-        f"{facts['audio_s']:.2f} s, {facts['frames']} frames, end {facts['end']}\n"
-        f"  {times}\n"
-        f"  {facts['model']}, voice {facts['voice']}, {facts['layout']} layout, seed {facts['seed']}; {facts['backend']} on "
-        f"{facts['device']} in {facts['dtype']}, loaded in {facts['load_s']:.1f} s"
+
+    def ms(name: str) -> str:
+        return "never" if facts[name] is None else f"{facts[name]:.0f} ms"
+
+    rtf = "" if facts["rtf"] is None else f", real-time factor {facts['rtf']:.3f}"
+    return "\n  ".join(
+        [
+            f"{facts['audio_s']:.2f} s, {facts['frames']} frames, end {facts['end']}",
+            f"first byte {ms('first_byte_ms')}, first audible sample {ms('first_audible_ms')}{rtf}",
+            f"{facts['model']}, voice {facts['voice']}, {facts['layout']} layout, seed {facts['seed']}",
+            f"{facts['backend']} on {facts['device']} in {facts['dtype']}, loaded in {facts['load_s']:.1f} s",
+        ]
     )
 
 

@@ -72,7 +72,7 @@ class Conversation:
         output = Player(self.player) if self.player else WavFile(_numbered(self.args.out))
         try:
             with Progress() as progress:
-                progress.speaking(self.args.max_frames)
+                progress.speaking(line, self.args.max_frames)
                 spoken = asyncio.run(speak(self.backend, request, output, progress.heard))
                 output.close()
                 if isinstance(output, Player):

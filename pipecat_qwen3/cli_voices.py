@@ -68,8 +68,8 @@ def _local_folder(model: str) -> Path | None:
         return path
     if path.exists() or model.count("/") != 1 or model.startswith((".", "~", "/")):
         raise UnknownNameError(
-            f"no model {model!r}{nearest(model, ['embedded'])}; expected embedded, a checkpoint folder, or OWNER/NAME on "
-            "Hugging Face"
+            f"no model {model!r}{nearest(model, ['embedded'])}; expected embedded, a checkpoint folder, or OWNER/NAME "
+            "on Hugging Face"
         )
     return None
 

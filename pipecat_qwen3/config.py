@@ -4,14 +4,18 @@ The class defaults of the official code are not those of the published checkpoin
 that names it, never a default. Knows no tensors.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megakernel.shape import Shape, StackShape
+from megakernel.shape import SUPPRESSED, Shape, StackShape
 from pipecat_qwen3.errors import CheckpointError
+from pipecat_qwen3.files import Keys, read_json
+
+VARIANTS = ("custom_voice", "voice_design", "base")
+
+SAMPLE_RATE, FRAME_SAMPLES = 24_000, 1_920
+"""Of every 12 Hz codec; what backend.py promises to its callers."""
 
 
 @dataclass(frozen=True)
@@ -110,167 +114,177 @@ class CodecConfig:
         return product
 
 
-class Keys:
-    """A JSON object whose missing or mistyped keys are errors that name the file and the key."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values, self.where = values, where
-
-    def __call__(self, key: str, kind: type = int) -> Any:
-        """The value of `key`, of type `kind`; float takes integers too."""
-        if key not in self.values:
-            raise CheckpointError(f"{self.where} has no key {key!r}; this is not a Qwen3-TTS-12Hz checkpoint's file")
-        value = self.values[key]
-        ok = isinstance(value, (int, float) if kind is float else kind) and not (kind is int and value is True)
-        if not ok:
-            raise CheckpointError(f"{self.where}: {key} should be of type {kind.__name__}, but is {value!r}")
-        return kind(value)
-
-    def at(self, key: str) -> "Keys":
-        """The object under `key`."""
-        return Keys(self(key, dict), f"{self.where}: {key}")
-
-
-def read_json(path: Path) -> Keys:
-    """Read a JSON object; raises CheckpointError if the file is missing, no JSON, or no object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}; expected a Qwen3-TTS-12Hz checkpoint folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}; download the checkpoint again") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} should hold a JSON object, but holds a {type(values).__name__}")
-    return Keys(values, str(path))
-
-
 def read_model_config(folder: Path) -> ModelConfig:
     """Read config.json and generation_config.json of a checkpoint folder. Raises CheckpointError."""
     top = read_json(folder / "config.json")
-    kind = top.values.get("model_type")
-    if kind != "qwen3_tts":
-        raise CheckpointError(f"{top.where}: model_type should be 'qwen3_tts', but is {kind!r}; is this a TTS checkpoint?")
+    if top.values.get("model_type") != "qwen3_tts":
+        raise CheckpointError(
+            f"{top.file}: model_type should be 'qwen3_tts', but is {top.values.get('model_type')!r:.60}; "
+            "choose a Qwen3-TTS-12Hz checkpoint"
+        )
+    if top("tts_model_type", str) not in VARIANTS:
+        raise top.wrong("tts_model_type", f"one of {', '.join(VARIANTS)}")
     talker = top.at("talker_config")
-    predictor = talker.at("code_predictor_config")
-    shape = _shape(talker, predictor)
-    languages: dict[str, int] = talker("codec_language_id", dict)
-    speakers: dict[str, int] = talker("spk_id", dict)
-    dialects = {k: v for k, v in talker("spk_is_dialect", dict).items() if isinstance(v, str)}
-    default = top.values.get("default_speaker", next(iter(speakers), None))
-    if default is not None and default not in speakers:
-        raise CheckpointError(f"{top.where}: default_speaker is {default!r}, which spk_id does not have")
+    shape, text_vocab = _shape(talker, talker.at("code_predictor_config")), talker.integer("text_vocab_size")
+
+    def text(key: str) -> int:
+        return top.integer(key, 0, text_vocab - 1)
+
+    def codec(key: str) -> int:
+        return talker.integer(key, 0, shape.vocab - 1)
+
+    languages, speakers = talker.ids("codec_language_id", shape.vocab), talker.ids("spk_id", shape.vocab)
     return ModelConfig(
         variant=top("tts_model_type", str),
         size=top("tts_model_size", str),
         shape=shape,
-        text_hidden=talker("text_hidden_size"),
-        text_vocab=talker("text_vocab_size"),
+        text_hidden=talker.integer("text_hidden_size"),
+        text_vocab=text_vocab,
         ids=SpecialIds(
-            im_start=top("im_start_token_id"),
-            im_end=top("im_end_token_id"),
-            assistant=top("assistant_token_id"),
-            tts_pad=top("tts_pad_token_id"),
-            tts_bos=top("tts_bos_token_id"),
-            tts_eos=top("tts_eos_token_id"),
-            codec_pad=talker("codec_pad_id"),
-            codec_bos=talker("codec_bos_id"),
-            codec_eos=talker("codec_eos_token_id"),
-            think=talker("codec_think_id"),
-            nothink=talker("codec_nothink_id"),
-            think_bos=talker("codec_think_bos_id"),
-            think_eos=talker("codec_think_eos_id"),
+            im_start=text("im_start_token_id"),
+            im_end=text("im_end_token_id"),
+            assistant=text("assistant_token_id"),
+            tts_pad=text("tts_pad_token_id"),
+            tts_bos=text("tts_bos_token_id"),
+            tts_eos=text("tts_eos_token_id"),
+            codec_pad=codec("codec_pad_id"),
+            codec_bos=codec("codec_bos_id"),
+            codec_eos=codec("codec_eos_token_id"),
+            think=codec("codec_think_id"),
+            nothink=codec("codec_nothink_id"),
+            think_bos=codec("codec_think_bos_id"),
+            think_eos=codec("codec_think_eos_id"),
         ),
         speakers=speakers,
-        default_speaker=default,
-        dialects=dialects,
+        default_speaker=_default_speaker(top, speakers),
+        dialects=_dialects(talker, languages),
         languages={k: v for k, v in languages.items() if "dialect" not in k},
         dialect_ids={k: v for k, v in languages.items() if "dialect" in k},
         generation=_generation(read_json(folder / "generation_config.json")),
     )
 
 
+def _default_speaker(top: Keys, speakers: Mapping[str, int]) -> str | None:
+    if "default_speaker" not in top.values:
+        return next(iter(speakers), None)
+    if (name := top("default_speaker", str)) not in speakers:
+        raise top.wrong("default_speaker", "one of the names in talker_config.spk_id")
+    return name
+
+
+def _dialects(talker: Keys, languages: Mapping[str, int]) -> dict[str, str]:
+    """Speaker -> dialect, of those who speak one; the file says false for the others."""
+    values = talker("spk_is_dialect", dict)
+    if not all(dialect is False or (isinstance(dialect, str) and dialect in languages) for dialect in values.values()):
+        raise talker.wrong("spk_is_dialect", "an object of speakers and false, or a name in codec_language_id")
+    return {speaker: dialect for speaker, dialect in values.items() if dialect}
+
+
 def _shape(talker: Keys, predictor: Keys) -> Shape:
     talker_stack, predictor_stack = _stack(talker), _stack(predictor)
-    codebooks, vocab = talker("num_code_groups"), talker("vocab_size")
-    if codebooks < 2:
-        raise CheckpointError(f"{talker.where}: num_code_groups should be at least 2, but is {codebooks}")
+    codebooks, codes = talker.integer("num_code_groups", 2, 256), predictor.integer("vocab_size")
+    if predictor.integer("num_code_groups") != codebooks:
+        raise predictor.wrong("num_code_groups", f"{codebooks}, as in talker_config")
+    vocab = talker.integer("vocab_size", SUPPRESSED + 1)
+    if vocab - SUPPRESSED > codes:
+        raise talker.wrong("vocab_size", f"at most {codes + SUPPRESSED}: the code predictor's codes and {SUPPRESSED} others")
     return Shape(
         talker=talker_stack,
         predictor=predictor_stack,
         codebooks=codebooks,
-        codes=predictor("vocab_size"),
+        codes=codes,
         vocab=vocab,
-        eos=talker("codec_eos_token_id"),
+        eos=talker.integer("codec_eos_token_id", 0, vocab - 1),
         projected=talker_stack.hidden != predictor_stack.hidden,
     )
 
 
 def _stack(keys: Keys) -> StackShape:
-    if keys.values.get("attention_bias"):
-        raise CheckpointError(f"{keys.where}: attention_bias is true; Qwen3-TTS talkers have no attention biases")
-    stack = StackShape(
-        layers=keys("num_hidden_layers"),
-        hidden=keys("hidden_size"),
-        intermediate=keys("intermediate_size"),
-        heads=keys("num_attention_heads"),
-        kv_heads=keys("num_key_value_heads"),
-        head_dim=keys("head_dim"),
-        rope_theta=keys("rope_theta", float),
-        norm_eps=keys("rms_norm_eps", float),
+    _as_computed(keys)
+    keys.only("use_sliding_window", False)
+    heads, kv_heads, head_dim = _heads(keys)
+    return StackShape(
+        layers=keys.integer("num_hidden_layers", high=1024),
+        hidden=keys.integer("hidden_size"),
+        intermediate=keys.integer("intermediate_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope_theta=keys.number("rope_theta"),
+        norm_eps=keys.number("rms_norm_eps", 1.0),
     )
-    if stack.kv_heads < 1 or stack.heads % stack.kv_heads or stack.head_dim % 2:
-        raise CheckpointError(
-            f"{keys.where}: {stack.heads} heads, {stack.kv_heads} key-value heads, head_dim {stack.head_dim} do not fit: "
-            "heads must be a multiple of key-value heads and head_dim even"
-        )
-    return stack
+
+
+def _as_computed(keys: Keys) -> None:
+    """Refuse options that would be heard if they were ignored."""
+    keys.only("attention_bias", False)
+    keys.only("hidden_act", "silu")
+    scaling = keys.values.get("rope_scaling")
+    if scaling is not None and keys.at("rope_scaling").values.get("rope_type", "default") != "default":
+        raise keys.wrong("rope_scaling", 'null, or of rope_type "default"')
+
+
+def _heads(keys: Keys) -> tuple[int, int, int]:
+    """Heads, key-value heads and head_dim, of which each depends on the other two."""
+    kv_heads = keys.integer("num_key_value_heads")
+    heads, head_dim = keys.integer("num_attention_heads"), keys.integer("head_dim")
+    if heads % kv_heads:
+        raise keys.wrong("num_attention_heads", f"a multiple of num_key_value_heads, {kv_heads}")
+    if head_dim % 2:
+        raise keys.wrong("head_dim", "even: rotary embeddings turn pairs")
+    return heads, kv_heads, head_dim
 
 
 def _generation(keys: Keys) -> Generation:
     return Generation(
         do_sample=keys("do_sample", bool),
-        temperature=keys("temperature", float),
-        top_k=keys("top_k"),
-        top_p=keys("top_p", float),
-        repetition_penalty=keys("repetition_penalty", float),
+        temperature=keys.number("temperature", 100),
+        top_k=keys.integer("top_k", 0),
+        top_p=keys.number("top_p", 1.0),
+        repetition_penalty=keys.number("repetition_penalty", 100),
         predictor_do_sample=keys("subtalker_dosample", bool),
-        predictor_temperature=keys("subtalker_temperature", float),
-        predictor_top_k=keys("subtalker_top_k"),
-        predictor_top_p=keys("subtalker_top_p", float),
-        max_new_tokens=keys("max_new_tokens"),
+        predictor_temperature=keys.number("subtalker_temperature", 100),
+        predictor_top_k=keys.integer("subtalker_top_k", 0),
+        predictor_top_p=keys.number("subtalker_top_p", 1.0),
+        max_new_tokens=keys.integer("max_new_tokens"),
     )
 
 
 def read_codec_config(folder: Path) -> CodecConfig:
     """Read speech_tokenizer/config.json of a checkpoint folder. Raises CheckpointError."""
     top = read_json(folder / "speech_tokenizer" / "config.json")
-    if top.values.get("model_type") != "qwen3_tts_tokenizer_12hz":
-        raise CheckpointError(
-            f"{top.where}: model_type should be 'qwen3_tts_tokenizer_12hz', but is {top.values.get('model_type')!r}"
-        )
+    top.only("model_type", "qwen3_tts_tokenizer_12hz")
     keys = top.at("decoder_config")
+    _as_computed(keys)
+    keys.only("num_semantic_quantizers", 1)
+    heads, kv_heads, head_dim = _heads(keys)
     config = CodecConfig(
-        codebooks=keys("num_quantizers"),
-        codebook_size=keys("codebook_size"),
-        codebook_dim=keys("codebook_dim"),
-        latent=keys("latent_dim"),
-        hidden=keys("hidden_size"),
-        intermediate=keys("intermediate_size"),
-        layers=keys("num_hidden_layers"),
-        heads=keys("num_attention_heads"),
-        kv_heads=keys("num_key_value_heads"),
-        head_dim=keys("head_dim"),
-        window=keys("sliding_window"),
-        rope_theta=keys("rope_theta", float),
-        norm_eps=keys("rms_norm_eps", float),
-        decoder_dim=keys("decoder_dim"),
-        upsample_rates=tuple(keys("upsample_rates", list)),
-        upsampling_ratios=tuple(keys("upsampling_ratios", list)),
-        sample_rate=top("output_sample_rate"),
+        codebooks=keys.integer("num_quantizers", 2, 256),
+        codebook_size=keys.integer("codebook_size"),
+        codebook_dim=keys.integer("codebook_dim", 2),
+        latent=keys.integer("latent_dim"),
+        hidden=keys.integer("hidden_size"),
+        intermediate=keys.integer("intermediate_size"),
+        layers=keys.integer("num_hidden_layers", high=1024),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        window=keys.integer("sliding_window"),
+        rope_theta=keys.number("rope_theta"),
+        norm_eps=keys.number("rms_norm_eps", 1.0),
+        decoder_dim=keys.integer("decoder_dim"),
+        upsample_rates=keys.integers("upsample_rates", high=FRAME_SAMPLES),
+        upsampling_ratios=keys.integers("upsampling_ratios", high=FRAME_SAMPLES),
+        sample_rate=top.integer("output_sample_rate"),
     )
-    if config.frame_samples != top("decode_upsample_rate"):
-        raise CheckpointError(
-            f"{top.where}: decode_upsample_rate is {top('decode_upsample_rate')}, but the decoder's rates multiply to "
-            f"{config.frame_samples}"
-        )
+    if config.sample_rate != SAMPLE_RATE:
+        raise top.wrong("output_sample_rate", f"{SAMPLE_RATE}, as in every 12 Hz codec")
+    if top.integer("decode_upsample_rate") != FRAME_SAMPLES:
+        raise top.wrong("decode_upsample_rate", f"{FRAME_SAMPLES}, as in every 12 Hz codec")
+    if config.frame_samples != FRAME_SAMPLES:
+        raise keys.wrong("upsample_rates", f"such that all rates and ratios multiply to {FRAME_SAMPLES}")
+    if config.codebook_dim % 2:
+        raise keys.wrong("codebook_dim", "even: an entry is half as wide")
+    if config.decoder_dim % 2 ** len(config.upsample_rates):
+        raise keys.wrong("decoder_dim", "such that each of upsample_rates can halve it")
     return config

@@ -1,0 +1,62 @@
+"""What is spoken is heard: text -> engine -> audio -> speech recognition -> text."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from pipecat_qwen3.backend import Layout, Request
+from pipecat_qwen3.local import LocalBackend
+from tests.heard import hear, word_errors
+
+SENTENCES = [
+    "Hello there. How can I help you today?",
+    "Your table is booked for two people tonight.",
+    "The meeting starts at ten in the morning.",
+    "I am very sorry to hear that.",
+    "Please hold the line for a moment.",
+    "The weather will be cold and dry tomorrow.",
+    "Can you tell me your name and phone number?",
+    "We are open from nine until five on weekdays.",
+]
+
+
+def error_rate(backend: LocalBackend, layout: Layout) -> tuple[float, set[str]]:
+    """Word error rate of the default voice over all sentences, greedy, and how the utterances ended."""
+    wanted = [Request(text=s, layout=layout, greedy=True, ahead_s=None) for s in SENTENCES]
+    streams = [backend.speak(request) for request in wanted]
+    wrong = words = 0
+    for sentence, stream in zip(SENTENCES, streams, strict=True):
+        errors, length = word_errors(sentence, hear(np.concatenate([c.pcm for c in stream])))
+        wrong, words = wrong + errors, words + length
+    return wrong / words, {stream.wait().end for stream in streams}
+
+
+@pytest.mark.parametrize("layout", ["whole", "streaming"])
+def test_a_recogniser_understands_the_embedded_voice(embedded: LocalBackend, layout: Layout) -> None:
+    rate, ends = error_rate(embedded, layout)
+    assert rate <= 0.2
+    assert ends == {"eos"}
+
+
+@pytest.fixture
+def damaged() -> Iterator[LocalBackend]:
+    """The embedded voice with noise on the weights of one layer."""
+    backend = LocalBackend.open("embedded", device="cpu", dtype="fp32", max_batch=8)
+    noise = torch.Generator().manual_seed(0)
+    weight = backend.engine.step.weights.talker.layers[2].qkv  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        weight.add_(torch.randn(weight.shape, generator=noise) * weight.std() * 2.5)
+    yield backend
+    backend.close()
+
+
+def test_a_damaged_layer_is_heard(damaged: LocalBackend) -> None:
+    assert error_rate(damaged, "whole")[0] > 0.5
+
+
+def test_word_errors_counts_each_kind() -> None:
+    assert word_errors("a b c d", "a b c d") == (0, 4)
+    assert word_errors("a b c d", "a x c") == (2, 4)
+    assert word_errors("a b", "a b c d") == (2, 2)
