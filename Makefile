@@ -16,7 +16,6 @@ export SAY_OUT = $(value OUT)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 PY = $(VENV)/bin/python
-CODE = $(wildcard megakernel pipecat_qwen3 bench bots tests)
 
 .DEFAULT_GOAL = help
 .PHONY: say test test-slow parity lint format clean help
@@ -34,13 +33,13 @@ parity: $(VENV)/installed-dev ## compare with the official qwen-tts package, ins
 	$(PY) tests/parity.py $(ARGS)
 
 lint: $(VENV)/installed-dev ## ruff and pyright
-	$(PY) -m ruff check $(CODE)
-	$(PY) -m ruff format --check $(CODE)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
 	$(PY) -m pyright --pythonpath $(PY)
 
 format: $(VENV)/installed-dev ## let ruff rewrite the code
-	$(PY) -m ruff check --fix $(CODE)
-	$(PY) -m ruff format $(CODE)
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
 
 clean: ## remove what make made: the venvs, caches, build outputs
 	rm -rf $(VENV) .parity build dist .pytest_cache .ruff_cache *.egg-info

@@ -13,10 +13,10 @@ import numpy as np
 from pipecat_qwen3.backend import Request
 from pipecat_qwen3.cli_audio import WavFile, check_writable
 from pipecat_qwen3.cli_progress import Progress
+from pipecat_qwen3.cli_recorder import Spoken
 from pipecat_qwen3.errors import BadRequestError
 
 if TYPE_CHECKING:
-    from pipecat_qwen3.cli_speech import Spoken
     from pipecat_qwen3.local import LocalBackend
 
 INTERRUPTED = 130
@@ -52,19 +52,23 @@ def read_text(source: str) -> str:
     """The text that an argument names: itself, `-` for standard input, or `@file`. Raises BadRequestError."""
     try:
         if source == "-":
-            text = sys.stdin.buffer.read().decode()
-        elif source.startswith("@"):
-            text = Path(source[1:]).expanduser().read_bytes().decode()
-        else:
-            text = source
-            text.encode()
+            return speakable(sys.stdin.buffer.read())
+        if source.startswith("@"):
+            return speakable(Path(source[1:]).expanduser().read_bytes())
     except OSError as error:
-        raise BadRequestError(f"cannot read {source[1:] or source}: {error.strerror or error}") from None
-    except UnicodeError:
+        raise BadRequestError(f"cannot read {source[1:] or 'standard input'}: {error.strerror or error}") from None
+    return speakable(source.encode(errors="surrogateescape"))
+
+
+def speakable(text: bytes) -> str:
+    """UTF-8 as a text with something to say in it. Raises BadRequestError."""
+    try:
+        decoded = text.decode()
+    except UnicodeDecodeError:
         raise BadRequestError("the text is not UTF-8; convert it first") from None
-    if not any(character.isalnum() for character in text):
+    if not any(character.isalnum() for character in decoded):
         raise BadRequestError("there is nothing to speak: the text has no letter and no digit")
-    return text.strip()
+    return decoded.strip()
 
 
 def open_backend(args: Namespace, progress: Progress) -> "LocalBackend":
@@ -95,7 +99,7 @@ def request_of(args: Namespace, text: str) -> Request:
     )
 
 
-def facts_of(args: Namespace, backend: "LocalBackend", spoken: "Spoken") -> dict[str, object]:
+def facts_of(args: Namespace, backend: "LocalBackend", spoken: Spoken) -> dict[str, object]:
     """What was spoken, by whom, how fast."""
     return {
         "frames": spoken.frames,

@@ -5,10 +5,8 @@ import contextlib
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
 
-import numpy as np
 from pipecat.audio.utils import detect_speech_onset
 from pipecat.frames.frames import (
     EndFrame,
@@ -25,132 +23,16 @@ from pipecat.pipeline.worker import PipelineParams, PipelineWorker
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 from pipecat.workers.runner import WorkerRunner
 
-from pipecat_qwen3.backend import FRAME_SAMPLES, SAMPLE_RATE, Backend, Request, Result, Stream
+from pipecat_qwen3.backend import SAMPLE_RATE, Backend, Request
 from pipecat_qwen3.cli_audio import Output
+from pipecat_qwen3.cli_recorder import Recorder, Spoken, words_of
 from pipecat_qwen3.errors import EngineError, TTSError
 from pipecat_qwen3.service import Qwen3TTSService
-
-_ENDS = ("eos", "cap", "runaway", "cancelled")
-"""From good to bad; several sentences end as the worst of them."""
 
 _ONE_UTTERANCE = 200
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。！？]")
 _MOST_SENTENCES = 3
 _ONSET_SAMPLES = 10 * SAMPLE_RATE
-
-
-@dataclass
-class Spoken:
-    """What was spoken and when.
-
-    results          one for each utterance, in order
-    samples          at 24 kHz
-    wall_s           from the text's entry into the pipeline to the last sample's exit
-    first_byte_s     to the first sample, None if there was none
-    first_audible_s  to the moment at which a listener hears sustained speech (10 ms windows above -40 dBFS for 50 ms,
-                     as Pipecat's TTFA) if playback starts with the first byte
-    """
-
-    results: list[Result] = field(default_factory=list)
-    samples: int = 0
-    wall_s: float = 0.0
-    first_byte_s: float | None = None
-    first_audible_s: float | None = None
-    interrupted: bool = False
-
-    @property
-    def end(self) -> str:
-        """The worst end of all utterances: eos, cap, runaway, or cancelled."""
-        return "cancelled" if self.interrupted else max((r.end for r in self.results), key=_ENDS.index)
-
-    @property
-    def frames(self) -> int:
-        """Frames that were spoken; of an interrupted text, those that were heard."""
-        made = sum(result.frames for result in self.results)
-        return min(made, self.samples // FRAME_SAMPLES) if self.interrupted else made
-
-    @property
-    def codes(self) -> np.ndarray:
-        """The spoken frames, int [frames, codebooks]."""
-        made = [result.codes for result in self.results if result.codes is not None]
-        return np.concatenate(made)[: self.frames] if made else np.zeros((0, 0), np.int16)
-
-    @property
-    def audio_s(self) -> float:
-        """Seconds of audio."""
-        return self.samples / SAMPLE_RATE
-
-    @property
-    def rtf(self) -> float | None:
-        """Seconds of work for a second of audio, None without audio."""
-        return self.wall_s / self.audio_s if self.samples else None
-
-
-class Recorder:
-    """A Backend that passes on what a Request of the service cannot say, and keeps the streams it hands out.
-
-    request  everything but the text is taken from here
-    """
-
-    def __init__(self, backend: Backend, request: Request) -> None:
-        self.backend, self.request = backend, request
-        self.streams: list[Stream] = []
-        self.refusal: TTSError | None = None
-        self.interrupted = False
-
-    @property
-    def voices(self) -> tuple[str, ...]:
-        """The backend's."""
-        return self.backend.voices
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        """The backend's."""
-        return self.backend.languages
-
-    @property
-    def model(self) -> str:
-        """The backend's."""
-        return self.backend.model
-
-    @property
-    def ready(self) -> bool:
-        """The backend's."""
-        return self.backend.ready
-
-    def speak(self, request: Request) -> Stream:
-        """Speak the request's text in the way asked for on the command line."""
-        text = request.text
-        if self.request.layout == "streaming" and isinstance(text, str):
-            text = _word_by_word(text)
-        try:
-            stream = self.backend.speak(replace(self.request, text=text))
-        except TTSError as error:
-            self.refusal = self.refusal or error
-            raise
-        self.streams.append(stream)
-        if self.interrupted:
-            stream.cancel()
-        return stream
-
-    def interrupt(self) -> None:
-        """Stop what is being spoken; returns at once."""
-        self.interrupted = True
-        for stream in self.streams:
-            stream.cancel()
-
-    @property
-    def failed(self) -> TTSError | None:
-        """The first error of any utterance."""
-        errors = (stream.result.error for stream in self.streams if stream.result is not None)
-        return self.refusal or next((error for error in errors if error), None)
-
-    async def results(self) -> list[Result]:
-        """How each utterance ended; a cancelled one ends with the engine's next frame."""
-        return [await asyncio.to_thread(stream.wait, 60) for stream in self.streams]
-
-    def close(self) -> None:
-        """Leave the backend open: it belongs to the caller."""
 
 
 class Listener(FrameProcessor):
@@ -260,13 +142,8 @@ async def speak(
 def _frames(text: str) -> list[Frame]:
     if len(text) <= _ONE_UTTERANCE and len(_SENTENCE_END.findall(text)) <= _MOST_SENTENCES:
         return [TTSSpeakFrame(text)]
-    pieces = [LLMTextFrame(piece) for piece in re.findall(r"\s*\S+|\s+$", text)]
+    pieces = [LLMTextFrame(piece) for piece in words_of(text)]
     return [LLMFullResponseStartFrame(), *pieces, LLMFullResponseEndFrame()]
-
-
-async def _word_by_word(text: str) -> AsyncIterator[str]:
-    for piece in re.findall(r"\s*\S+|\s+$", text):
-        yield piece
 
 
 @contextlib.contextmanager

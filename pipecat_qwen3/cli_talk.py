@@ -11,7 +11,7 @@ from pathlib import Path
 from pipecat_qwen3.cli_audio import Player, WavFile, find_player
 from pipecat_qwen3.cli_parser import nearest
 from pipecat_qwen3.cli_progress import Progress
-from pipecat_qwen3.cli_say import facts_of, open_backend, read_text, request_of
+from pipecat_qwen3.cli_say import facts_of, open_backend, request_of, speakable
 from pipecat_qwen3.cli_speech import speak
 from pipecat_qwen3.cli_voices import check_name
 from pipecat_qwen3.errors import BadRequestError, TTSError, UnknownNameError
@@ -68,7 +68,7 @@ class Conversation:
 
     def say(self, line: str) -> None:
         """Speak one line and report on it. Ctrl-C stops it."""
-        request = request_of(self.args, read_text(line))
+        request = request_of(self.args, speakable(line.encode(errors="surrogateescape")))
         output = Player(self.player) if self.player else WavFile(_numbered(self.args.out))
         try:
             with Progress() as progress:
@@ -118,8 +118,6 @@ def _talk(conversation: Conversation) -> None:
                 conversation.say(line)
         except TTSError as error:
             print(f"  {error}")
-        except UnicodeError:
-            print("  this line is not in the terminal's encoding")
         except KeyboardInterrupt:
             print()
         except EOFError:

@@ -219,9 +219,8 @@ def _as_computed(keys: Keys) -> None:
     """Refuse options that would be heard if they were ignored."""
     keys.only("attention_bias", False)
     keys.only("hidden_act", "silu")
-    scaling = keys.values.get("rope_scaling")
-    if scaling is not None and keys.at("rope_scaling").values.get("rope_type", "default") != "default":
-        raise keys.wrong("rope_scaling", 'null, or of rope_type "default"')
+    if keys.values.get("rope_scaling") is not None:
+        keys.at("rope_scaling").only("rope_type", "default")
 
 
 def _heads(keys: Keys) -> tuple[int, int, int]:
@@ -253,7 +252,8 @@ def _generation(keys: Keys) -> Generation:
 def read_codec_config(folder: Path) -> CodecConfig:
     """Read speech_tokenizer/config.json of a checkpoint folder. Raises CheckpointError."""
     top = read_json(folder / "speech_tokenizer" / "config.json")
-    top.only("model_type", "qwen3_tts_tokenizer_12hz")
+    if top("model_type", str) != "qwen3_tts_tokenizer_12hz":
+        raise top.wrong("model_type", '"qwen3_tts_tokenizer_12hz"')
     keys = top.at("decoder_config")
     _as_computed(keys)
     keys.only("num_semantic_quantizers", 1)

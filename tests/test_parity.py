@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipecat_qwen3.backend import Request
+from pipecat_qwen3.backend import Request, Result
+from pipecat_qwen3.delivery import FADE_SAMPLES
 from pipecat_qwen3.local import LocalBackend
 from tests.golden.cases import EMBEDDED
 from tests.ours import Ours
@@ -19,7 +21,6 @@ GOLDEN = Path(__file__).parent / "golden"
 TOLD: dict[str, Any] = json.loads((GOLDEN / "goldens.json").read_text(encoding="utf-8"))
 SPOKEN = [case for case in TOLD["cases"] if not case["clone"]]  # backends take no reference audio
 WITH_PROMPT = [case for case in SPOKEN if len(case["requests"]) == 1 and case["name"].endswith("greedy")]
-Speaker = Callable[[str], Ours]
 
 
 def named(cases: list[dict[str, Any]]) -> pytest.MarkDecorator:
@@ -32,13 +33,25 @@ def golden() -> Iterator[np.lib.npyio.NpzFile]:
         yield arrays
 
 
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory, embedded: LocalBackend) -> Iterator[Speaker]:
-    """Ours by the checkpoint's name in the goldens; each is opened once."""
-    opened: dict[str, LocalBackend] = {}
+@dataclass(frozen=True)
+class Side:
+    """One checkpoint in our code: the backend, and every utterance of its cases by (case, row)."""
 
-    def get(checkpoint: str) -> Ours:
-        if checkpoint not in opened:
+    ours: Ours
+    spoken: dict[tuple[str, int], tuple[np.ndarray, Result]]
+
+
+Sides = Callable[[dict[str, Any]], Side]
+
+
+@pytest.fixture(scope="module")
+def side(tmp_path_factory: pytest.TempPathFactory, embedded: LocalBackend) -> Iterator[Sides]:
+    """Our side of a case. All cases of a checkpoint are spoken at the same time, so that modes share batches."""
+    sides: dict[str, Side] = {}
+
+    def get(case: dict[str, Any]) -> Side:
+        checkpoint = case["checkpoint"]
+        if checkpoint not in sides:
             folder = embedded.checkpoint.folder
             if checkpoint != EMBEDDED:
                 variant, geometry, seed = checkpoint.split("/")
@@ -48,46 +61,55 @@ def ours(tmp_path_factory: pytest.TempPathFactory, embedded: LocalBackend) -> It
                 f"checkpoint {checkpoint} is not the one that the goldens were made from (sha256 {found[:12]}…, then "
                 f"{wanted[:12]}…): tests/random_*.py or the embedded voice have changed; make the goldens again"
             )
-            same = checkpoint == EMBEDDED
-            opened[checkpoint] = embedded if same else LocalBackend.open(str(folder), device="cpu", dtype="fp32")
-        return Ours(opened[checkpoint])
+            opened = embedded if checkpoint == EMBEDDED else LocalBackend.open(str(folder), device="cpu", dtype="fp32")
+            ours = Ours(opened)
+            its = [one for one in SPOKEN if one["checkpoint"] == checkpoint]
+            keys = [(one["name"], row) for one in its for row in range(len(one["requests"]))]
+            requests = [Request(**request) for one in its for request in one["requests"]]
+            sides[checkpoint] = Side(ours, dict(zip(keys, ours.speak(requests), strict=True)))
+        return sides[checkpoint]
 
     yield get
-    for checkpoint, backend in opened.items():
+    for checkpoint, one in sides.items():
         if checkpoint != EMBEDDED:
-            backend.close()
+            one.ours.backend.close()
 
 
 @named(WITH_PROMPT)
-def test_the_prompt_is_the_official_one(case: dict[str, Any], ours: Speaker, golden: Any) -> None:
-    prompt, trailing = ours(case["checkpoint"]).prompt(Request(**case["requests"][0]))
-    for ours_, name in ((prompt, "prompt"), (trailing, "trailing")):
+def test_the_prompt_is_the_official_one(case: dict[str, Any], side: Sides, golden: Any) -> None:
+    prompt, trailing = side(case).ours.prompt(Request(**case["requests"][0]))
+    for ours, name in ((prompt, "prompt"), (trailing, "trailing")):
         official = torch.from_numpy(golden[f"{case['name']}/0/{name}"])
-        assert ours_.shape == official.shape
-        torch.testing.assert_close(ours_, official, rtol=0, atol=1e-5)
+        assert ours.shape == official.shape
+        torch.testing.assert_close(ours, official, rtol=0, atol=1e-5)
 
 
 @named(SPOKEN)
-def test_the_codes_are_the_official_ones(case: dict[str, Any], ours: Speaker, golden: Any) -> None:
-    requests = [Request(**request) for request in case["requests"]]
-    spoken = ours(case["checkpoint"]).speak(requests)
-    for row, (_, result) in enumerate(spoken):
-        official = golden[f"{case['name']}/{row}/codes"]
-        assert result.codes is not None
-        np.testing.assert_array_equal(result.codes, official)
-        assert result.end == ("eos" if case["ended"][row] else "cap")
+def test_the_codes_are_the_official_ones(case: dict[str, Any], side: Sides, golden: Any) -> None:
+    for row, ended in enumerate(case["ended"]):
+        _, result = side(case).spoken[case["name"], row]
+        np.testing.assert_array_equal(result.codes, golden[f"{case['name']}/{row}/codes"])
+        assert result.end == ("eos" if ended else "cap")
 
 
 @named([case for case in SPOKEN if case["name"] in ("unprojected whole sampled", "embedded whole greedy")])
-def test_the_samples_are_the_official_ones(case: dict[str, Any], ours: Speaker, golden: Any) -> None:
-    [(pcm, _)] = ours(case["checkpoint"]).speak([Request(**case["requests"][0])])
+def test_the_samples_are_the_official_ones(case: dict[str, Any], side: Sides, golden: Any) -> None:
+    pcm, result = side(case).spoken[case["name"], 0]
     official = golden[f"{case['name']}/0/wav"]
-    np.testing.assert_allclose(pcm / 32768, official, rtol=0, atol=1e-4)
+    assert len(pcm) == len(official)
+    faded = 0 if result.end == "eos" else FADE_SAMPLES
+    heard = len(pcm) - faded
+    np.testing.assert_allclose(pcm[:heard] / 32768, official[:heard], rtol=0, atol=1e-4)
 
 
 def test_every_mode_and_layout_is_among_the_goldens() -> None:
     seen = {
-        (case["checkpoint"].split("/")[0], request.get("layout", "whole"), "instruct" in request, len(case["requests"]) > 1)
+        (
+            case["checkpoint"].split("/")[0],
+            request.get("layout", "whole"),
+            "instruct" in request,
+            len(case["requests"]) > 1,
+        )
         for case in SPOKEN
         for request in case["requests"]
     }

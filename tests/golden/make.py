@@ -1,6 +1,6 @@
 """Makes the goldens: runs every case in the official package and writes goldens.npz and goldens.json beside this file.
 
-    python -m tests.golden.make        in an environment with qwen_tts 0.1.1 and transformers 4.57.3 (see README.md)
+python -m tests.golden.make        in an environment with qwen_tts 0.1.1 and transformers 4.57.3 (see README.md)
 """
 
 import json

@@ -1,0 +1,116 @@
+"""A model name in, its folder out: the embedded voice, a local folder, or a Hugging Face repository, downloaded once.
+
+Configs are fetched and read before weights, so that a wrong name costs no gigabytes. What is in the cache is opened
+without any network. Knows no tensors.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from pipecat_qwen3.config import read_codec_config, read_model_config
+from pipecat_qwen3.errors import CheckpointError, DownloadError, TTSError, UnknownNameError
+from pipecat_qwen3.files import weight_files
+
+EMBEDDED = "embedded"
+"""Name of the small voice that ships with the package."""
+
+OFFICIAL = (
+    "Qwen/Qwen3-TTS-12Hz-0.6B-CustomVoice",
+    "Qwen/Qwen3-TTS-12Hz-0.6B-Base",
+    "Qwen/Qwen3-TTS-12Hz-1.7B-CustomVoice",
+    "Qwen/Qwen3-TTS-12Hz-1.7B-Base",
+    "Qwen/Qwen3-TTS-12Hz-1.7B-VoiceDesign",
+)
+
+# Only the top folder's: repositories of finetunes hold training steps in folders of their own.
+_CONFIGS = ("config.json", "generation_config.json", "speech_tokenizer/config.json")
+_TOKENIZER = ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json", "preprocessor_config.json")
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "speech_tokenizer/*")
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
+
+
+def find(name: str) -> Path:
+    """The folder of a checkpoint, downloaded if need be.
+
+    name  "embedded", a folder, or "owner/name" on Hugging Face; "owner/name@revision" pins a branch, tag or commit
+    Raises UnknownNameError, DownloadError or CheckpointError.
+    """
+    if name == EMBEDDED:
+        return Path(__file__).parent / "embedded"
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
+        raise CheckpointError(f"model {_short(name)} is a file; pass the folder of a checkpoint, or {EMBEDDED!r}")
+    if not _REPOSITORY.fullmatch(name):
+        raise UnknownNameError(
+            f"no model {_short(name)}: expected {EMBEDDED!r}, an existing folder, or a Hugging Face name such as {OFFICIAL[0]}"
+        )
+    repository, _, revision = name.partition("@")
+    return _fetch(name, repository, revision or None)
+
+
+def _fetch(name: str, repository: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+
+    try:
+        cached = try_to_load_from_cache(repository, "config.json", revision=revision)
+        if isinstance(cached, str) and _is_complete(Path(cached).parent):
+            return Path(cached).parent
+        if constants.HF_HUB_OFFLINE:
+            raise DownloadError(
+                f"model {name!r} is not (or only in part) in the local cache, and HF_HUB_OFFLINE forbids a download; "
+                "unset it, pass a local folder, or use the embedded voice"
+            )
+        folder = fetch(*_CONFIGS)
+        read_model_config(folder)
+        read_codec_config(folder)
+        return fetch(*_CONFIGS, *_TOKENIZER, *_WEIGHTS)
+    except TTSError:
+        raise
+    except HFValidationError:
+        raise UnknownNameError(f"no model {_short(name)}: a Hugging Face name looks like {OFFICIAL[0]}") from None
+    except Exception as error:  # whichever HTTP library is underneath raises its own
+        raise _explain(name, error) from None
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a cached snapshot has all that opening needs."""
+
+    def has(*names: str) -> bool:
+        return all(os.path.isfile(folder / name) for name in names)
+
+    try:
+        weights = [*weight_files(folder), *weight_files(folder / "speech_tokenizer")]
+    except CheckpointError:
+        return False
+    tokenizer = has("tokenizer.json") or has("vocab.json", "merges.txt")
+    return tokenizer and has(*_CONFIGS, "tokenizer_config.json") and all(os.path.isfile(path) for path in weights)
+
+
+def _explain(name: str, error: Exception) -> DownloadError:
+    """The error of a failed download, in one line."""
+    from huggingface_hub import constants, errors
+
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    explanations: list[tuple[Callable[[], bool], str]] = []
+    del explanations
+    if isinstance(cause, errors.GatedRepoError):
+        return DownloadError(f"model {name!r} is gated: accept its terms on its Hugging Face page and set HF_TOKEN")
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        official = ", ".join(OFFICIAL)
+        return DownloadError(
+            f"no folder {name!r} here and no such model on Hugging Face, or it is private (set HF_TOKEN); official: {official}"
+        )
+    return DownloadError(f"{status}{constants}")
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 100 else name[:100] + "…")
