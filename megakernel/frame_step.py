@@ -108,14 +108,23 @@ class TorchFrameStep(FrameStep):
         device, dtype = weights.codec_head.device, weights.codec_head.dtype
         talker, predictor = shape.talker, shape.predictor
         self.widths = _widths(weights, columns)
-        self.kv = torch.zeros(talker.layers, 2, rows, talker.kv_heads, positions, talker.head_dim, dtype=dtype, device=device)
+        self.kv = torch.zeros(
+            talker.layers, 2, rows, talker.kv_heads, positions, talker.head_dim, dtype=dtype, device=device
+        )
         self.pending = torch.zeros(rows, talker.hidden, dtype=dtype, device=device)
         self.history = torch.zeros(rows, shape.vocab, dtype=torch.bool, device=device)
         self.done = torch.zeros(rows, dtype=torch.bool, device=device)
         self.live: dict[int, _Row] = {}
         width = self.widths[-1]
         self.predictor_kv = torch.zeros(
-            predictor.layers, 2, width, predictor.kv_heads, shape.codebooks, predictor.head_dim, dtype=dtype, device=device
+            predictor.layers,
+            2,
+            width,
+            predictor.kv_heads,
+            shape.codebooks,
+            predictor.head_dim,
+            dtype=dtype,
+            device=device,
         )
         self.talker_rope = reference.rope_table(talker, positions, device)
         self.predictor_rope = reference.rope_table(predictor, shape.codebooks, device)
@@ -147,7 +156,9 @@ class TorchFrameStep(FrameStep):
         if not 1 <= length <= PIECE:
             raise ValueError(f"prefill takes 1 to {PIECE} positions a call, but got {length}")
         if start + length > self.positions:
-            raise ValueError(f"row {row} holds {self.positions} positions: {start} are used and {length} more were asked for")
+            raise ValueError(
+                f"row {row} holds {self.positions} positions: {start} are used and {length} more were asked for"
+            )
         x = F.pad(embeds, (0, 0, 0, PIECE - length))[None]
         at = torch.arange(start, start + PIECE, device=x.device).clamp(max=self.positions - 1)
         cos, sin = self.talker_rope[:, at, None]
@@ -205,7 +216,9 @@ class TorchFrameStep(FrameStep):
     def _talker(self, rows: Sequence[int], live: list[_Row], x: Tensor) -> Tensor:
         """One talker step: x [width, H] -> hidden [width, H], after the final norm."""
         at = [state.position for state in live]
-        cos, sin = self.talker_rope[:, torch.tensor(at + [0] * (x.shape[0] - len(at)), device=x.device)][:, :, None, None]
+        cos, sin = self.talker_rope[:, torch.tensor(at + [0] * (x.shape[0] - len(at)), device=x.device)][
+            :, :, None, None
+        ]
 
         def attend(i: int) -> reference.Attend:
             def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -271,7 +284,9 @@ class TorchFrameStep(FrameStep):
             device = self.pending.device
             rows = [*sampling, *[Sampling(do_sample=False, predictor_do_sample=False)] * (width - len(sampling))]
             first = [(s.do_sample, s.temperature, s.top_k, s.top_p) for s in rows]
-            rest = [(s.predictor_do_sample, s.predictor_temperature, s.predictor_top_k, s.predictor_top_p) for s in rows]
+            rest = [
+                (s.predictor_do_sample, s.predictor_temperature, s.predictor_top_k, s.predictor_top_p) for s in rows
+            ]
             self._knobs[sampling] = (
                 knobs(first, self.shape.vocab, device),
                 knobs(rest, self.shape.codes, device),

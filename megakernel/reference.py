@@ -72,8 +72,8 @@ def rope_table(shape: StackShape, positions: int, device: torch.device | str | N
     """cos and sin of position * theta^(-2i/D), both halves written out: [2, positions, D] fp32.
 
     The checkpoints' configs ask for interleaved multimodal RoPE over three position rows. In every speech mode the
-    three rows are one row expanded (official get_rope_index: cumsum(mask) - 1, expanded to 3; decode: arange, likewise),
-    and each frequency takes its angle from exactly one row, so the result is plain 1-D RoPE, bit for bit.
+    three rows are one row expanded (official get_rope_index: cumsum(mask) - 1, expanded to 3; in decoding: arange,
+    likewise), and each frequency takes its angle from exactly one row: the result is plain 1-D RoPE, bit for bit.
     """
     d = shape.head_dim
     frequencies = 1.0 / (shape.rope_theta ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d))

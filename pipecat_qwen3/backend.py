@@ -147,12 +147,12 @@ class Stream:
         return self
 
     async def __anext__(self) -> Chunk:
+        loop = asyncio.get_running_loop()
         while True:
+            waiter: asyncio.Future[None] = loop.create_future()
             with self._changed:
                 chunk, over = self._take()
                 if chunk is None and not over:
-                    loop = asyncio.get_running_loop()
-                    waiter: asyncio.Future[None] = loop.create_future()
                     self._waiters.append((loop, waiter))
             if chunk is not None:
                 return chunk

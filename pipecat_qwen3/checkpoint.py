@@ -1,10 +1,8 @@
-"""A model name in, its files and weights out: the embedded voice, a local folder, or a repository on Hugging Face.
+"""A model name in, its configs, tokenizer and weights out.
 
-Every way in which files can be missing, broken or of another shape ends in one line that names what was wanted.
+Every way in which files can be missing, broken or of another shape ends in one line that names the file and what to do.
 """
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,25 +13,17 @@ from torch import Tensor, nn
 
 from pipecat_qwen3.codec import CodecDecoder
 from pipecat_qwen3.config import CodecConfig, ModelConfig, read_codec_config, read_model_config
-from pipecat_qwen3.errors import CheckpointError, DownloadError, UnknownNameError
+from pipecat_qwen3.errors import CheckpointError
+from pipecat_qwen3.files import read_json, refuse_stub, remedy, weight_files
+from pipecat_qwen3.hub import EMBEDDED, OFFICIAL, find
 from pipecat_qwen3.talker import Talker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-EMBEDDED = "embedded"
-"""Name of the small voice that ships with the package."""
+__all__ = ["EMBEDDED", "OFFICIAL", "Checkpoint", "Tensors", "find"]
 
-OFFICIAL = (
-    "Qwen/Qwen3-TTS-12Hz-0.6B-CustomVoice",
-    "Qwen/Qwen3-TTS-12Hz-0.6B-Base",
-    "Qwen/Qwen3-TTS-12Hz-1.7B-CustomVoice",
-    "Qwen/Qwen3-TTS-12Hz-1.7B-Base",
-    "Qwen/Qwen3-TTS-12Hz-1.7B-VoiceDesign",
-)
-
-_FILES = ["*.json", "*.txt", "*.safetensors", "speech_tokenizer/*"]
-_NEEDED = ("config.json", "generation_config.json", "tokenizer_config.json", "speech_tokenizer/config.json")
+_PLAIN = {"F64", "F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True)
@@ -49,28 +39,29 @@ class Checkpoint:
     def open(cls, name: str | Path) -> "Checkpoint":
         """Find (and if need be download) a checkpoint and read its configs.
 
-        name   "embedded", a folder, or a Hugging Face repository "owner/name"
+        name   "embedded", a folder, or a Hugging Face repository "owner/name", optionally with "@revision"
         Raises CheckpointError, DownloadError or UnknownNameError.
         """
         folder = find(str(name))
         config, codec_config = read_model_config(folder), read_codec_config(folder)
-        if config.shape.codebooks != codec_config.codebooks:
+        made = (config.shape.codebooks, config.shape.codes)
+        taken = (codec_config.codebooks, codec_config.codebook_size)
+        if made != taken:
             raise CheckpointError(
-                f"{folder}: the talker makes {config.shape.codebooks} codes a frame, but the codec takes "
-                f"{codec_config.codebooks}; the two parts are of different checkpoints"
+                f"{folder}: the talker makes {made[0]} codes of {made[1]} values a frame, but speech_tokenizer takes "
+                f"{taken[0]} of {taken[1]}; take both parts from one checkpoint"
             )
         return cls(str(name), folder, config, codec_config)
 
     def load_talker(self, dtype: torch.dtype) -> Talker:
-        """The talker and code predictor on the CPU in the given dtype."""
+        """The talker and code predictor on the CPU in the given dtype. Raises CheckpointError."""
         with torch.device("meta"):
             talker = Talker(self.config)
-        tensors = Tensors(self.folder)
-        _fill(talker, tensors, "talker.", dtype)
+        _fill(talker, Tensors(self.folder), "talker.", dtype)
         return talker.eval().requires_grad_(False)
 
     def load_codec(self) -> CodecDecoder:
-        """The codec's decoder on the CPU in fp32: in bf16 its output loses 8 bits and more."""
+        """The codec's decoder on the CPU in fp32: in bf16 its output loses 8 bits and more. Raises CheckpointError."""
         with torch.device("meta"):
             decoder = CodecDecoder(self.codec_config)
         _fill(decoder, Tensors(self.folder / "speech_tokenizer"), "decoder.", torch.float32)
@@ -80,109 +71,87 @@ class Checkpoint:
         """The text tokenizer. Raises CheckpointError."""
         from transformers import Qwen2TokenizerFast
 
-        for name in ("vocab.json", "merges.txt"):
-            if not (self.folder / name).exists() and not (self.folder / "tokenizer.json").exists():
-                raise CheckpointError(f"{self.folder} has no {name}; download the checkpoint again")
+        read_json(self.folder / "tokenizer_config.json")
+        if not (self.folder / "tokenizer.json").is_file():
+            read_json(self.folder / "vocab.json")
         try:
-            return Qwen2TokenizerFast.from_pretrained(str(self.folder))
+            tokenizer = Qwen2TokenizerFast.from_pretrained(str(self.folder))
         except Exception as error:  # the tokenizers library raises bare Exceptions for broken files
             raise CheckpointError(f"the tokenizer in {self.folder} cannot be read: {_line(error)}") from None
+        return tokenizer
 
 
 class Tensors:
     """The tensors of one folder's safetensors file, or of its shards. Raises CheckpointError."""
 
     def __init__(self, folder: Path) -> None:
-        self.where = folder / "model.safetensors"
-        index = folder / "model.safetensors.index.json"
-        if self.where.exists():
-            names = [self.where]
-        elif index.exists():
-            names = [folder / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        else:
-            raise CheckpointError(f"{folder} has no model.safetensors; expected a Qwen3-TTS-12Hz checkpoint folder")
-        self.home: dict[str, Any] = {}
-        for path in names:
-            try:
-                file = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(
-                    f"{path} is broken or cut short ({_line(error)}); download or copy the checkpoint again"
-                ) from None
-            self.home.update(dict.fromkeys(file.keys(), file))
+        self.folder = folder
+        self._home: dict[str, tuple[Path, Any]] = {}
+        for path in weight_files(folder):
+            file = _open(path)
+            self._home.update(dict.fromkeys(file.keys(), (path, file)))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; a missing one is named."""
-        if name not in self.home:
-            raise CheckpointError(f"{self.where} has no tensor {name!r}; its config.json asks for one")
-        return tuple(self.home[name].get_slice(name).get_shape())
+    def names(self, prefix: str) -> set[str]:
+        """Names that begin with `prefix`."""
+        return {name for name in self._home if name.startswith(prefix)}
 
-    def read(self, name: str) -> Tensor:
-        """The tensor itself."""
-        return self.home[name].get_tensor(name)
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a tensor of another shape, or one that holds no plain floating-point numbers."""
+        path, file = self._home[name]
+        found = file.get_slice(name)
+        if tuple(found.get_shape()) != shape:
+            raise CheckpointError(
+                f"{path}: {name} should have shape {shape} by its config.json, but has {tuple(found.get_shape())}; "
+                "take weights and config from one checkpoint"
+            )
+        if found.get_dtype() not in _PLAIN:
+            raise CheckpointError(
+                f"{path}: {name} should be stored as bf16, fp16 or fp32, but is {found.get_dtype()}; "
+                "take a checkpoint that is not quantised"
+            )
 
-
-def find(name: str) -> Path:
-    """The folder of a checkpoint, downloaded if need be. Raises DownloadError, CheckpointError, UnknownNameError."""
-    if name == EMBEDDED:
-        return Path(__file__).parent / "embedded"
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"model {name!r} is a file; expected a checkpoint folder, 'owner/name' or {EMBEDDED!r}")
-    if name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise UnknownNameError(
-            f"no model {name!r}: expected {EMBEDDED!r}, an existing folder, or a Hugging Face name such as {OFFICIAL[0]}"
-        )
-    return _download(name)
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The tensor in the given dtype; where that is the file's own, it is a view of the file and not a copy."""
+        path, file = self._home[name]
+        try:
+            tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read ({_line(error)}); {remedy(path)}") from None
+        if not all(torch.isfinite(end) for end in torch.aminmax(tensor)):  # 30 times as fast as isfinite().all()
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity; {remedy(path)}, or take one from before that")
+        return tensor.to(dtype)
 
 
-def _download(name: str) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    def fetch(local: bool) -> Path:
-        return Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=local))
-
+def _open(path: Path) -> Any:
     try:
-        folder = fetch(local=True)
-        if all((folder / needed).exists() for needed in _NEEDED):
-            return folder
-    except (OSError, ValueError):
-        pass  # not in the cache yet
-    try:
-        return fetch(local=False)
-    except errors.GatedRepoError:
-        raise DownloadError(f"model {name!r} is gated: accept its terms on Hugging Face and set HF_TOKEN") from None
-    except errors.RepositoryNotFoundError:
-        raise DownloadError(
-            f"no model {name!r} on Hugging Face, or it is private (set HF_TOKEN); official names: {', '.join(OFFICIAL)}"
-        ) from None
-    except errors.HFValidationError:
-        raise UnknownNameError(f"no model {name!r}: a Hugging Face name looks like {OFFICIAL[0]}") from None
-    except Exception as error:  # whichever HTTP library is underneath raises its own
-        raise DownloadError(
-            f"model {name!r} is not in the local cache and cannot be downloaded ({_line(error)}); "
-            "connect to the network, pass a local folder, or use --model embedded"
-        ) from None
+        refuse_stub(path)
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing, but model.safetensors.index.json names it; {remedy(path)}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is broken or cut short ({_line(error)}); {remedy(path)}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {_line(error)}; check what it is and who may read it") from None
 
 
 def _fill(module: nn.Module, tensors: Tensors, prefix: str, dtype: torch.dtype) -> None:
-    """Give a module on the meta device its tensors, each checked against the shape its config asks for."""
-    state: Mapping[str, Tensor] = module.state_dict()
-    for name, wanted in state.items():
-        found = tensors.shape(prefix + name)
-        if found != tuple(wanted.shape):
-            raise CheckpointError(
-                f"{tensors.where}: {prefix + name} should have shape {tuple(wanted.shape)} by its config.json, "
-                f"but has {found}"
-            )
-    try:
-        loaded = {name: tensors.read(prefix + name) for name in state}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{tensors.where} cannot be read ({_line(error)}); download it again") from None
-    cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in loaded.items()}
-    module.load_state_dict(cast, assign=True)
+    """Give a module on the meta device its tensors: exactly those of the file under `prefix`, all of them checked."""
+    wanted = {prefix + name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = tensors.names(prefix)
+    if missing := [name for name in wanted if name not in found]:
+        raise CheckpointError(
+            f"{tensors.folder} has no tensor {missing[0]}, which its config.json asks for ({len(missing)} of "
+            f"{len(wanted)} are missing); take weights and config from one checkpoint"
+        )
+    if unknown := sorted(found - wanted.keys()):
+        raise CheckpointError(
+            f"{tensors.folder} has {len(unknown)} tensors that its config.json knows nothing of, the first is "
+            f"{unknown[0]}; take weights and config from one checkpoint"
+        )
+    for name, shape in wanted.items():
+        tensors.check(name, shape)
+    state = {name: tensors.read(prefix + name, dtype) for name in module.state_dict()}
+    module.load_state_dict(state, assign=True)
 
 
 def _line(error: Exception) -> str:

@@ -2,16 +2,18 @@
 
 import json
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipecat_qwen3.cli_parser import nearest
 from pipecat_qwen3.config import ModelConfig, read_model_config
 from pipecat_qwen3.errors import UnknownNameError, choices
+from pipecat_qwen3.hub import EMBEDDED, OFFICIAL, find
 
 
 def run(args: Namespace) -> int:
     """The command `voices`."""
-    config = read_model_config(_folder(args.model))
+    config = read_model_config(find_model(args.model))
     listing = {
         "model": args.model,
         "variant": config.variant,
@@ -37,19 +39,26 @@ def run(args: Namespace) -> int:
 def check_names(model: str, voice: str | None, language: str | None) -> None:
     """Refuse unknown names of a model on this disk before anything heavy is imported. Raises TTSError.
 
-    What the names mean to a model that is not on this disk is known after its download.
+    What a model on Hugging Face knows is told by the backend, after its download.
     """
-    folder = _local_folder(model)
-    if folder is None:
+    if "/" in model and not Path(model).expanduser().is_dir():
         return
-    config = read_model_config(folder)
+    config = read_model_config(find_model(model))
     check_name("voice", voice, config.speakers, config)
     check_name("language", language, ["auto", *config.languages], config)
 
 
-def check_name(kind: str, name: str | None, names: object, config: ModelConfig | None = None) -> None:
+def find_model(model: str) -> Path:
+    """The folder of a model, downloaded if need be; an unknown name tells the nearest. Raises TTSError."""
+    try:
+        return find(model)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{error}{nearest(model, (EMBEDDED, *OFFICIAL))}") from None
+
+
+def check_name(kind: str, name: str | None, names: Iterable[str], config: ModelConfig | None = None) -> None:
     """Refuse a name that is none of `names`, and tell the nearest. None is no name. Raises UnknownNameError."""
-    known = list(names)  # type: ignore[call-overload]
+    known = list(names)
     if name is None or name.lower() in (n.lower() for n in known):
         return
     if not known and config is not None:
@@ -57,27 +66,3 @@ def check_name(kind: str, name: str | None, names: object, config: ModelConfig |
             f"no {kind} {name!r}: a {config.variant} checkpoint has no named {kind}s; leave --{kind} out"
         )
     raise UnknownNameError(f"no {kind} {name!r}{nearest(name, known)}; this model has {choices(known)}")
-
-
-def _local_folder(model: str) -> Path | None:
-    """The folder of a model that lies on this disk; None for a Hugging Face name. Raises UnknownNameError."""
-    if model == "embedded":
-        return Path(__file__).parent / "embedded"
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists() or model.count("/") != 1 or model.startswith((".", "~", "/")):
-        raise UnknownNameError(
-            f"no model {model!r}{nearest(model, ['embedded'])}; expected embedded, a checkpoint folder, or OWNER/NAME "
-            "on Hugging Face"
-        )
-    return None
-
-
-def _folder(model: str) -> Path:
-    folder = _local_folder(model)
-    if folder is None:
-        from pipecat_qwen3.checkpoint import find
-
-        folder = find(model)
-    return folder

@@ -144,7 +144,9 @@ class Engine:
             elif u.text.ended and not u.tokens:
                 self._end(u, "eos")  # a text stream that never said anything
             elif not u.text.ended and not u.text_ids and now - u.last_text_at > TEXT_TIMEOUT_S:
-                late = TextTimeoutError(f"no text came for {TEXT_TIMEOUT_S:.0f} s; end the text stream when it is complete")
+                late = TextTimeoutError(
+                    f"no text came for {TEXT_TIMEOUT_S:.0f} s; end the text stream when it is complete"
+                )
                 self._end(u, "error", late)
 
     def _admit(self) -> None:
@@ -172,12 +174,14 @@ class Engine:
             u.prefilled = prompt.shared.shape[0]
 
     def _prefill(self) -> bool:
-        """One piece of at most 16 positions for the voice that has waited longest; piece borders never depend on luck."""
+        """One piece for the voice that has waited longest; its borders are the same with a cached prefix and without."""
         u = next((u for u in self._resident if not u.is_prefilled), None)
         if u is None or u.prompt is None or u.row is None:
             return False
         start, shared = u.prefilled, u.prompt.shared.shape[0]
-        part, offset, end = (u.prompt.shared, 0, shared) if start < shared else (u.prompt.rest, shared, u.prompt.positions)
+        part, offset, end = (
+            (u.prompt.shared, 0, shared) if start < shared else (u.prompt.rest, shared, u.prompt.positions)
+        )
         stop = min((start // PIECE + 1) * PIECE, end)
         self.step.prefill(u.row, part[start - offset : stop - offset])
         u.prefilled = stop
@@ -255,5 +259,3 @@ class Engine:
             self._inbox.clear()
         for u in [*self._resident, *self._waiting]:
             self._end(u, "error", error)
-
-

@@ -1,14 +1,14 @@
 """The errors a caller may meet, as one tree; every message says what was wanted, what came, and what to do.
 
-    TTSError                    anything this package reports; `code` is stable and travels over the wire
-    ├── BadRequestError         this text or parameter is at fault, not the service
-    │   └── UnknownNameError    a voice, language, model or option that does not exist
-    ├── CheckpointError         a model folder or file that cannot be used
-    │   └── DownloadError       a model that could not be fetched (offline, gated, not found)
-    ├── BackendError            a device, dtype or kernel launcher asked for by name that cannot be had
-    ├── OverloadedError         no room: try again later
-    ├── TextTimeoutError        a text stream that stopped sending and never ended
-    └── EngineError             the engine failed or was closed while a voice was speaking
+TTSError                    anything this package reports; `code` is stable and travels over the wire
+├── BadRequestError         this text or parameter is at fault, not the service
+│   └── UnknownNameError    a voice, language, model or option that does not exist
+├── CheckpointError         a model folder or file that cannot be used
+│   └── DownloadError       a model that could not be fetched (offline, gated, not found)
+├── BackendError            a device, dtype or kernel launcher asked for by name that cannot be had
+├── OverloadedError         no room: try again later
+├── TextTimeoutError        a text stream that stopped sending and never ended
+└── EngineError             the engine failed or was closed while a voice was speaking
 """
 
 

@@ -4,9 +4,9 @@ Configs are fetched and read before weights, so that a wrong name costs no gigab
 without any network. Knows no tensors.
 """
 
+import errno
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from pipecat_qwen3.config import read_codec_config, read_model_config
@@ -28,6 +28,7 @@ OFFICIAL = (
 _CONFIGS = ("config.json", "generation_config.json", "speech_tokenizer/config.json")
 _TOKENIZER = ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json", "preprocessor_config.json")
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "speech_tokenizer/*")
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
@@ -95,21 +96,30 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _explain(name: str, error: Exception) -> DownloadError:
-    """The error of a failed download, in one line."""
+    """What went wrong with a download and what to do, in one line."""
     from huggingface_hub import constants, errors
 
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    # A lost connection and a refusing server arrive wrapped in "not found in the cache".
+    wrapped = isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception)
+    cause = error.__cause__ if wrapped else error
     status = getattr(getattr(cause, "response", None), "status_code", None)
-    explanations: list[tuple[Callable[[], bool], str]] = []
-    del explanations
     if isinstance(cause, errors.GatedRepoError):
-        return DownloadError(f"model {name!r} is gated: accept its terms on its Hugging Face page and set HF_TOKEN")
-    if isinstance(cause, errors.RepositoryNotFoundError):
-        official = ", ".join(OFFICIAL)
-        return DownloadError(
-            f"no folder {name!r} here and no such model on Hugging Face, or it is private (set HF_TOKEN); official: {official}"
-        )
-    return DownloadError(f"{status}{constants}")
+        why, do = "is gated", "accept its terms on its Hugging Face page and set HF_TOKEN"
+    elif isinstance(cause, errors.RepositoryNotFoundError):
+        why = "is no folder here and no public model on Hugging Face"
+        do = f"check the spelling, or set HF_TOKEN if it is private; the official ones are {', '.join(OFFICIAL)}"
+    elif isinstance(cause, errors.RevisionNotFoundError):
+        why, do = "does not exist: Hugging Face knows the model, but not this revision", "check what follows the @"
+    elif status == 401:
+        why, do = "cannot be downloaded: Hugging Face does not accept the token", "renew HF_TOKEN, or unset it"
+    elif isinstance(cause, OSError) and cause.errno in _DISK:
+        why = f"cannot be stored in {constants.HF_HUB_CACHE} ({cause.strerror})"
+        do = "make room or give access there, or set HF_HOME to a folder on another disk"
+    else:
+        detail = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
+        why = f"is not in the local cache and cannot be downloaded ({detail})"
+        do = "check the network and run again (complete files are kept), pass a local folder, or use the embedded voice"
+    return DownloadError(f"model {name!r} {why}; {do}")
 
 
 def _short(name: str) -> str:

@@ -62,10 +62,10 @@ class LocalBackend:
         progress("loading weights")
         talker = checkpoint.load_talker(dtype)
         progress("folding tables")
-        text_table = talker.to(device).text_table()
+        text_table = talker.text_table(device)
         weights = decode_weights(talker, device)
         small = device.type == "cpu" and sum(p.numel() for p in talker.parameters()) < SMALL
-        codec_table = talker.model.codec_embedding.weight.detach().clone()
+        codec_table = talker.model.codec_embedding.weight.detach().to(device)
         del talker
         codec = checkpoint.load_codec().to(device).fold()
         rows = max_batch if device.type == "cpu" else 4 * max_batch
@@ -95,7 +95,8 @@ class LocalBackend:
 
         model      "embedded", a folder, or "owner/name" on Hugging Face
         max_batch  voices that advance together, 1..32
-        device     "auto" | "cpu" | "cuda"; dtype "auto" | "bf16" | "fp32"; backend "auto" | "persistent" | "graph" | "torch"
+        device     "auto" | "cpu" | "cuda"; dtype "auto" | "bf16" | "fp32"
+        backend    "auto" | "persistent" | "graph" | "torch"
         positions  prompt and frames that one voice can hold, up to 4096
         progress   called with what is being done
 
@@ -227,7 +228,9 @@ class LocalBackend:
             return
         instruct = "A calm voice." if self.config.variant == "voice_design" else None
         for layout in ("whole", "streaming"):
-            stream = self.speak(Request(text="Warm.", instruct=instruct, seed=0, max_frames=4, layout=layout, ahead_s=None))
+            stream = self.speak(
+                Request(text="Warm.", instruct=instruct, seed=0, max_frames=4, layout=layout, ahead_s=None)
+            )
             for _ in stream:
                 pass
 
@@ -254,7 +257,9 @@ def _check(request: Request) -> None:
     for name in ("temperature", "predictor_temperature", "repetition_penalty"):
         value = getattr(request, name)
         if value is not None and not (math.isfinite(value) and 0 < value <= 100):
-            raise BadRequestError(f"{name} should be a number above 0, but is {value}; for no sampling at all set greedy")
+            raise BadRequestError(
+                f"{name} should be a number above 0, but is {value}; for no sampling at all set greedy"
+            )
     for name in ("top_p", "predictor_top_p"):
         value = getattr(request, name)
         if value is not None and not 0 < value <= 1:
@@ -272,7 +277,7 @@ def _check(request: Request) -> None:
 
 
 def _sampling(files: Generation, request: Request) -> Sampling:
-    """The request's parameters over the checkpoint's. Whether to sample is the checkpoint's, unless greedy is asked for."""
+    """The request's parameters over the checkpoint's, which also says whether to sample, unless greedy is asked for."""
 
     def either(asked: Any, default: Any) -> Any:
         return default if asked is None else asked

@@ -8,7 +8,7 @@ Every position of a prompt is a projected text embedding, a codec item, or their
                                         (think, think_bos, language, think_eos); then the speaker, if there is one
     BOS + codec_pad
     whole layout:      text_i + codec_pad …, EOS + codec_pad;   pending codec_bos, every later frame adds PAD
-    streaming layout:  nothing more;                            pending codec_bos, frames add text_0, text_1, …, EOS, PAD
+    streaming layout:  nothing more;                            pending codec_bos, frames add text_0, …, EOS, PAD
 
 The last prompt position of the official code is `pending` plus its text embedding: it is the first frame's input here.
 """
@@ -76,8 +76,8 @@ def resolve_voice(config: ModelConfig, voice: str | None, language: str | None, 
         instruct = None
     if instruct and not config.takes_instruct:
         raise BadRequestError(
-            f"this checkpoint ({config.variant}, {config.size}) takes no instructions, but one was given; leave instruct "
-            "out, or use a 1.7B CustomVoice or VoiceDesign checkpoint"
+            f"this checkpoint ({config.variant}, {config.size}) takes no instructions, but one was given; "
+            "leave instruct out, or use a 1.7B CustomVoice or VoiceDesign checkpoint"
         )
     if config.variant == "voice_design" and not instruct:
         raise BadRequestError("a VoiceDesign checkpoint needs an instruction that describes the voice; pass instruct")
@@ -86,7 +86,7 @@ def resolve_voice(config: ModelConfig, voice: str | None, language: str | None, 
     language = language.lower()
     if language != AUTO and language not in config.languages:
         raise UnknownNameError(f"no language {language!r}; this checkpoint has {choices([AUTO, *config.languages])}")
-    if speaker in config.dialects and language in (AUTO, "chinese"):
+    if speaker is not None and speaker in config.dialects and language in (AUTO, "chinese"):
         language = config.dialects[speaker]
     return Voice(speaker, language, instruct)
 
@@ -94,7 +94,9 @@ def resolve_voice(config: ModelConfig, voice: str | None, language: str | None, 
 def _speaker(config: ModelConfig, voice: str | None) -> str | None:
     if not config.speakers:
         if voice is not None:
-            raise UnknownNameError(f"no voice {voice!r}: a {config.variant} checkpoint has no named voices; leave voice out")
+            raise UnknownNameError(
+                f"no voice {voice!r}: a {config.variant} checkpoint has no named voices; leave voice out"
+            )
         return None
     if voice is None:
         return config.default_speaker

@@ -4,6 +4,8 @@ In go summed text and codec embeddings, out come hidden states and logits of cod
 arithmetic is megakernel.reference, on weights stacked as the decode loop wants them.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,10 +69,14 @@ class Talker(nn.Module):
         return self.text_projection(self.model.text_embedding(ids))
 
     @torch.inference_mode()
-    def text_table(self, rows_at_once: int = 4096) -> Tensor:
-        """text_projection(text_embedding) of the whole vocabulary, [text_vocab, H]: once, instead of at every token."""
-        table = self.model.text_embedding.weight
-        return torch.cat([self.text_projection(rows) for rows in table.split(rows_at_once)])
+    def text_table(self, device: torch.device | str | None = None, rows_at_once: int = 4096) -> Tensor:
+        """text_projection(text_embedding) of the whole vocabulary, [text_vocab, H]: once, instead of at every token.
+
+        Only the result, and `rows_at_once` rows of the embedding, ever lie on the device.
+        """
+        project = copy.deepcopy(self.text_projection).to(device)
+        rows = self.model.text_embedding.weight.split(rows_at_once)
+        return torch.cat([project(some.to(device)) for some in rows])
 
 
 @torch.inference_mode()
@@ -85,15 +91,16 @@ def decode_weights(talker: Talker, device: torch.device | str | None = None) -> 
         layers = [LayerWeights(**{name: move(x) for name, x in vars(layer).items()}) for layer in w.layers]
         return StackWeights(layers, move(w.norm))
 
-    first = talker.model.codec_embedding.weight[: shape.codes]
-    embeddings = torch.stack([first, *(table.weight for table in predictor.model.codec_embedding)])
+    tables: list[Tensor] = [talker.model.codec_embedding.weight[: shape.codes]]
+    tables += [table.get_parameter("weight") for table in predictor.model.codec_embedding]
+    embeddings = torch.stack(tables)
     projection = predictor.small_to_mtp_projection
     inputs = torch.stack([predictor.project(table) for table in embeddings[:-1]])
     return FrameWeights(
         talker=moved(stack_weights(talker.model.layers, talker.model.norm, shape.talker)),
         predictor=moved(stack_weights(predictor.model.layers, predictor.model.norm, shape.predictor)),
         codec_head=move(talker.codec_head.weight),
-        heads=move(torch.stack([head.weight for head in predictor.lm_head])),
+        heads=move(torch.stack([head.get_parameter("weight") for head in predictor.lm_head])),
         embeddings=move(embeddings),
         inputs=move(inputs),
         projection=None if isinstance(projection, nn.Identity) else (move(projection.weight), move(projection.bias)),

@@ -62,9 +62,9 @@ class Utterance:
     codes: list[np.ndarray] = field(default_factory=list)
     buffered: list[Tensor] = field(default_factory=list)
     same_code: int = 0
-    stop_reading: Callable[[], None] = lambda: None
+    stop_reading: Callable[[], object] = lambda: None
     last_text_at: float = field(default_factory=time.monotonic)
-    _inbox: deque[str | None | TTSError] = field(default_factory=deque)
+    _inbox: deque[str | TTSError | None] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         self.words = WordTimes(self.rate)

@@ -339,7 +339,9 @@ def test_leading_silence_is_skipped_on_request_and_reported(embedded: LocalBacke
     dropped = stream.wait().skipped_samples
     assert len(whole) == len(skipped) + dropped
     assert np.abs(whole[dropped:].astype(int) - skipped.astype(int)).max() <= 3
-    first_loud = next(i for i in range(0, len(whole), 240) if np.sqrt(np.square(whole[i : i + 240] / 32767).mean()) > 0.01)
+    first_loud = next(
+        i for i in range(0, len(whole), 240) if np.sqrt(np.square(whole[i : i + 240] / 32767).mean()) > 0.01
+    )
     assert dropped in (first_loud, first_loud - 240)
 
 
@@ -359,7 +361,11 @@ def test_words_arrive_in_order_within_the_audio(embedded: LocalBackend) -> None:
         (Request(text=""), BadRequestError, "text is empty"),
         (Request(text=" \n "), BadRequestError, "text is empty"),
         (Request(text="Hi", voice="nobody"), UnknownNameError, "no voice 'nobody'; this checkpoint has slt, rms"),
-        (Request(text="Hi", language="klingon"), UnknownNameError, "no language 'klingon'; this checkpoint has auto, english"),
+        (
+            Request(text="Hi", language="klingon"),
+            UnknownNameError,
+            "no language 'klingon'; this checkpoint has auto, english",
+        ),
         (Request(text="Hi", temperature=0.0), BadRequestError, "temperature should be a number above 0"),
         (Request(text="Hi", temperature=float("nan")), BadRequestError, "temperature should be a number above 0"),
         (Request(text="Hi", top_p=1.5), BadRequestError, "top_p should lie above 0 and up to 1"),

@@ -31,7 +31,9 @@ class Solo:
         self.prefix = (torch.randn(9 + seed % 5, hidden, generator=g) * 0.2).to(dtype)
         self.text = (torch.randn(40, hidden, generator=g) * 0.2).to(dtype)
         self.pending = (torch.randn(hidden, generator=g) * 0.2).to(dtype)
-        self.sampling = Sampling(seed % 3 > 0, 0.9, 50 if seed % 2 else 0, 0.8 if seed % 4 == 1 else 1.0, 1.05, seed % 5 > 0)
+        self.sampling = Sampling(
+            seed % 3 > 0, 0.9, 50 if seed % 2 else 0, 0.8 if seed % 4 == 1 else 1.0, 1.05, seed % 5 > 0
+        )
         self.codes: list[torch.Tensor] = []
         self.hidden: list[torch.Tensor] = []
 
@@ -120,7 +122,9 @@ def test_a_voice_that_said_eos_says_nothing_else(make_step: Callable[[], TorchFr
     assert voice.codes[0][0] == step.shape.eos
 
 
-def test_the_history_holds_what_was_spoken_and_is_forgotten_on_admission(make_step: Callable[[], TorchFrameStep]) -> None:
+def test_the_history_holds_what_was_spoken_and_is_forgotten_on_admission(
+    make_step: Callable[[], TorchFrameStep],
+) -> None:
     step = make_step()
     voice = Solo(step, 1)
     voice.join(step, 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megakernel import reference
 from megakernel.frame_step import TorchFrameStep
-from megakernel.reference import FrameWeights, LayerWeights, StackWeights
+from megakernel.reference import LayerWeights, StackWeights
 from megakernel.sampler import Sampling
 from megakernel.shape import StackShape
 from pipecat_qwen3.checkpoint import Checkpoint
@@ -126,15 +126,14 @@ def test_multimodal_rope_with_equal_rows_is_plain_rope_bit_for_bit(interleaved: 
     assert not torch.equal(official_multimodal_rope(x, different, [24, 20, 20], interleaved), expected)
 
 
-def open_tiny(folder: Path, columns: int = 8, rows: int = 8) -> tuple[Talker, FrameWeights, TorchFrameStep]:
+def open_tiny(folder: Path) -> tuple[Talker, TorchFrameStep]:
     talker = Checkpoint.open(folder).load_talker(torch.float32)
-    weights = decode_weights(talker)
-    return talker, weights, TorchFrameStep(weights, talker.config.shape, rows, columns, 128)
+    return talker, TorchFrameStep(decode_weights(talker), talker.config.shape, rows=8, columns=8, positions=128)
 
 
 @pytest.mark.parametrize("geometry", ["tiny", "tiny-projected"])
 def test_training_forward_equals_prefill_and_steps(tiny: Callable[..., Path], geometry: str) -> None:
-    talker, weights, step = open_tiny(tiny("custom_voice", geometry))
+    talker, step = open_tiny(tiny("custom_voice", geometry))
     shape = talker.config.shape
     g = torch.Generator().manual_seed(0)
     prefix = torch.randn(21, shape.talker.hidden, generator=g) * 0.3

@@ -27,7 +27,9 @@ def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> int:
 
 
 def test_philox_equals_integer_arithmetic_for_large_seeds_frames_and_draws() -> None:
-    assert philox((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF,) * 4) == 0x408F276D  # Random123's second published answer
+    assert (
+        philox((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF)) == 0x408F276D
+    )  # Random123's second published answer
     seeds = [1, 2**31, 2**32 + 5, 2**63 - 1]
     frames = [0, 7, 2**20, 2**31]
     random = uniforms(torch.tensor(seeds), torch.tensor(frames), 16)
@@ -94,7 +96,13 @@ def test_draw_never_takes_an_impossible_code_at_either_end() -> None:
 def test_a_column_draws_the_same_whatever_stands_beside_it() -> None:
     logits = torch.randn(6, 512, generator=torch.Generator().manual_seed(4)) * 3
     u = torch.rand(6, generator=torch.Generator().manual_seed(5))
-    settings = [(True, 0.9, 50, 1.0), (False, 1.0, 0, 1.0), (True, 0.3, 0, 0.7), (True, 2.0, 3, 1.0), (True, 1.0, 0, 1.0)]
+    settings = [
+        (True, 0.9, 50, 1.0),
+        (False, 1.0, 0, 1.0),
+        (True, 0.3, 0, 0.7),
+        (True, 2.0, 3, 1.0),
+        (True, 1.0, 0, 1.0),
+    ]
     settings.append((False, 0.1, 5, 0.1))
     together = pick(logits, knobs(settings, 512, CPU), u)
     alone = [pick(logits[i : i + 1], knobs([settings[i]], 512, CPU), u[i : i + 1]) for i in range(6)]

@@ -50,7 +50,7 @@ from pipecat.utils.errors import ErrorCategory
 from pipecat.workers.runner import WorkerRunner
 
 from pipecat_qwen3 import service as service_module
-from pipecat_qwen3.backend import SAMPLE_RATE
+from pipecat_qwen3.backend import SAMPLE_RATE, Chunk
 from pipecat_qwen3.errors import (
     BackendError,
     BadRequestError,
@@ -310,6 +310,17 @@ async def test_words_after_a_gap_are_as_late_as_their_audio(backend, monkeypatch
     assert ((spoken[2].pts or 0) - (spoken[0].pts or 0)) / 1e9 == pytest.approx(60.0, abs=2e-3)
 
 
+def test_words_that_follow_their_audio_keep_its_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(service_module, "monotonic", lambda: now[0])
+    playback = service_module._Playback()
+    second = np.zeros(SAMPLE_RATE, np.int16)
+    assert playback.words_of(Chunk(second, 0, (("Hello", 0.0),))) == [("Hello", 0.0)]
+    now[0] = 5.0  # all of it has been heard, and then the engine says what the end of it was
+    assert playback.words_of(Chunk(second[:0], SAMPLE_RATE, (("there.", 0.75),))) == [("there.", 0.75)]
+    assert playback.words_of(Chunk(second, 0, (("Bye.", 0.5),))) == [("Bye.", 5.5)]
+
+
 class Loudspeaker(BaseOutputTransport):
     """An output transport that takes as long as the audio lasts."""
 
@@ -333,7 +344,7 @@ def said(context: LLMContext) -> list[str]:
     "texts",
     [
         ("Hello there, my friend. ", "It costs 42.50, or so. ", "Bye!"),
-        ("Well... ", "😀 ", "Good day! ", "How are you?"),
+        ("Good day! ", "😀 ... ", "How are you?"),
         ("你好，世界。", "我很好！"),
         ("Comment ça va ? ", "Bien."),
     ],
@@ -451,20 +462,50 @@ async def test_uninterruptible_speech_is_spoken_to_its_end(backend):
     assert not backend.cancelled
 
 
-@pytest.mark.parametrize("end", [CancelFrame, EndFrame])
-async def test_teardown_happens_once_and_can_happen_again(backend, end):
+async def test_an_interruption_reaches_speech_that_only_the_end_of_the_call_flushed(backend):
+    backend.pace = math.inf
+    async with live(Qwen3TTSService(backend=backend)) as (worker, recorder):
+        await worker.queue_frames([LLMFullResponseStartFrame(), LLMTextFrame("So long, and thanks.")])
+        await worker.queue_frame(EndFrame())  # speaks the rest, and is no frame that an interruption may cancel
+        await recorder.until(count(TTSStartedFrame))
+        await worker.queue_frame(InterruptionFrame())
+        await recorder.until(count(EndFrame))
+    assert [request.text for request in backend.cancelled] == ["So long, and thanks."]
+
+
+@pytest.mark.parametrize("hook", ["stop", "cancel", "cleanup"])
+async def test_every_teardown_ends_the_speech_and_can_be_repeated(backend, hook):
+    backend.pace = math.inf
+    service = Qwen3TTSService(backend=backend)
+    speech = asyncio.create_task(anext(service.run_tts("Hello there.", "context"), None))
+    while not backend.streams:
+        await asyncio.sleep(0)
+    teardown = {
+        "stop": lambda: service.stop(EndFrame()),
+        "cancel": lambda: service.cancel(CancelFrame()),
+        "cleanup": service.cleanup,
+    }[hook]
+    await teardown()
+    assert len(backend.cancelled) == 1
+    assert await speech is None
+    await teardown()
+    await service.cleanup()
+    assert len(backend.cancelled) == 1
+    assert backend.ready  # the backend belongs to the process
+
+
+async def test_nothing_is_kept_of_contexts_that_are_over(backend):
     service = Qwen3TTSService(backend=backend)
     async with live(service) as (worker, recorder):
-        backend.pace = math.inf if end is CancelFrame else None
+        for number in range(1, 4):
+            await worker.queue_frames(turn("Hello there. ", "Bye."))
+            await recorder.until(count(TTSStoppedFrame, number))
+        backend.pace = math.inf
         await worker.queue_frames(turn("Hello there."))
-        await recorder.until(count(TTSStartedFrame))
-        await worker.queue_frame(end())
-    assert len(backend.cancelled) == (1 if end is CancelFrame else 0)
-    await service.stop(EndFrame())
-    await service.cancel(CancelFrame())
-    await service.cleanup()
-    await service.cleanup()
-    assert backend.ready  # the backend belongs to the process
+        await recorder.until(count(TTSStartedFrame, 4))
+        await worker.queue_frame(InterruptionFrame())
+        await recorder.until(count(InterruptionFrame))
+        assert not service._playbacks
 
 
 # -- text that cannot be spoken, errors ----------------------------------------------------------------------

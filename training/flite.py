@@ -17,9 +17,11 @@ RATE = 16_000
 STRETCH = {"slt": 1.1, "rms": 1.0}
 """The voices, with their durations' stretch: slt speaks a little slower, the recogniser then hears her better."""
 
-PHONES = (
-    "pau aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th uh uw v w y z zh"
-).split()  # noqa: SIM905
+PHONES = tuple(
+    "pau aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th uh uw v w y z zh".split(
+        " "
+    )
+)
 """flite's US English phones; "pau" (a pause) is 0."""
 
 

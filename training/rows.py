@@ -30,7 +30,10 @@ DROPOUT_SHARE, DROPOUT = 0.1, 0.15
 
 
 class Utterance(NamedTuple):
-    """ids and token_words [tokens] of a text (the word of each token), and of its speech codes [n,8], phones [n,4], words [n]."""
+    """A text and its speech.
+
+    ids, token_words [tokens]: the text's tokens and the word that each belongs to; codes [n,8], phones [n,4], words [n]
+    """
 
     ids: list[int]
     token_words: list[int]

@@ -2,7 +2,7 @@
 
 Five sorts: filled templates (templates.txt), WordNet usage examples, WordNet definitions, free sequences over the most
 common words (each word as often as any other), and two short sentences in one utterance. Sentences of held_out.tsv and
-the rare words of its group "unseen" never appear. Needs Debian's `wordnet-base` and the package `wordfreq`; knows no audio.
+the rare words of its group "unseen" never appear. Needs Debian's `wordnet-base` and `wordfreq`; knows no audio.
 """
 
 import random
