@@ -28,7 +28,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "instructions": {k: v for k, v in _capabilities().items() if v is True},
+        "instructions": [k for k, v in _capabilities().items() if v is True and k.startswith(("avx", "amx"))],
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "system": f"{platform.system()} {platform.machine()}",
@@ -50,7 +50,7 @@ def copy_gbs(device: torch.device) -> float:
 
 
 def read_gbs(size: int, device: torch.device) -> float:
-    """Bandwidth of reading the same `size` bytes again and again: GB/s; caches help as they help weights of that size."""
+    """Bandwidth of reading the same `size` bytes again and again: GB/s; caches help as they help such weights."""
     x = torch.ones(max(size, 4096) // 4, device=device)
     return x.numel() * 4 / best_s(x.sum, device) / 1e9
 

@@ -1,4 +1,4 @@
-"""Labelled calls in, milliseconds per lap out: wall time (GPU time on CUDA) and CPU time, nested calls not counted twice."""
+"""Labelled calls in, ms per lap out: wall time (GPU time on CUDA) and CPU time, nested calls not counted twice."""
 
 import time
 from collections import defaultdict

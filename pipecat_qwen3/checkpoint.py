@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipecat_qwen3.codec import CodecDecoder
 from pipecat_qwen3.config import CodecConfig, ModelConfig, read_codec_config, read_model_config
 from pipecat_qwen3.errors import CheckpointError
-from pipecat_qwen3.files import read_json, refuse_stub, remedy, weight_files
+from pipecat_qwen3.files import check_file, read_json, remedy, weight_files
 from pipecat_qwen3.hub import EMBEDDED, OFFICIAL, find
 from pipecat_qwen3.talker import Talker
 
@@ -69,16 +69,36 @@ class Checkpoint:
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The text tokenizer. Raises CheckpointError."""
-        from transformers import Qwen2TokenizerFast
+        from transformers import Qwen2TokenizerFast  # type: ignore[attr-defined] # transformers 5 keeps it as an alias
 
         read_json(self.folder / "tokenizer_config.json")
         if not (self.folder / "tokenizer.json").is_file():
             read_json(self.folder / "vocab.json")
+            check_file(self.folder / "merges.txt")
+        again = remedy(self.folder / "vocab.json")
         try:
             tokenizer = Qwen2TokenizerFast.from_pretrained(str(self.folder))
         except Exception as error:  # the tokenizers library raises bare Exceptions for broken files
-            raise CheckpointError(f"the tokenizer in {self.folder} cannot be read: {_line(error)}") from None
+            raise CheckpointError(
+                f"the tokenizer's files in {self.folder} are broken ({_line(error)}); {again}"
+            ) from None
+        self._check_tokenizer(tokenizer)
         return tokenizer
+
+    def _check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Refuse the tokenizer of another checkpoint, or one without its merges: what it says would be gibberish."""
+        ids, role = self.config.ids, "<|im_start|>assistant<|im_end|>"
+        made, wanted = tokenizer(role).input_ids, [ids.im_start, ids.assistant, ids.im_end]
+        if made != wanted:
+            raise CheckpointError(
+                f"the tokenizer's files in {self.folder} make {made} of {role}, but its config.json says {wanted}; "
+                "take both from one checkpoint"
+            )
+        if (highest := max(tokenizer.get_vocab().values())) >= self.config.text_vocab:
+            raise CheckpointError(
+                f"the tokenizer's files in {self.folder} have ids up to {highest}, but its config.json gives room for "
+                f"{self.config.text_vocab}; take both from one checkpoint"
+            )
 
 
 class Tensors:
@@ -96,7 +116,7 @@ class Tensors:
         return {name for name in self._home if name.startswith(prefix)}
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuse a tensor of another shape, or one that holds no plain floating-point numbers."""
+        """Refuse a tensor of another shape, or one that does not hold floating-point numbers as they are."""
         path, file = self._home[name]
         found = file.get_slice(name)
         if tuple(found.get_shape()) != shape:
@@ -111,7 +131,7 @@ class Tensors:
             )
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The tensor in the given dtype; where that is the file's own, it is a view of the file and not a copy."""
+        """A copy of the tensor in the given dtype: what is written over the file later must not change it."""
         path, file = self._home[name]
         try:
             tensor = file.get_tensor(name)
@@ -119,19 +139,15 @@ class Tensors:
             raise CheckpointError(f"{path} cannot be read ({_line(error)}); {remedy(path)}") from None
         if not all(torch.isfinite(end) for end in torch.aminmax(tensor)):  # 30 times as fast as isfinite().all()
             raise CheckpointError(f"{path}: {name} holds NaN or infinity; {remedy(path)}, or take one from before that")
-        return tensor.to(dtype)
+        return tensor.to(dtype, copy=True)
 
 
 def _open(path: Path) -> Any:
+    check_file(path)
     try:
-        refuse_stub(path)
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing, but model.safetensors.index.json names it; {remedy(path)}") from None
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is broken or cut short ({_line(error)}); {remedy(path)}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {_line(error)}; check what it is and who may read it") from None
 
 
 def _fill(module: nn.Module, tensors: Tensors, prefix: str, dtype: torch.dtype) -> None:

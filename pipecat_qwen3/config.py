@@ -187,7 +187,7 @@ def _shape(talker: Keys, predictor: Keys) -> Shape:
         raise predictor.wrong("num_code_groups", f"{codebooks}, as in talker_config")
     vocab = talker.integer("vocab_size", SUPPRESSED + 1)
     if vocab - SUPPRESSED > codes:
-        raise talker.wrong("vocab_size", f"at most {codes + SUPPRESSED}: the code predictor's codes and {SUPPRESSED} others")
+        raise talker.wrong("vocab_size", f"at most {codes + SUPPRESSED}, the predictor's codes and {SUPPRESSED} others")
     return Shape(
         talker=talker_stack,
         predictor=predictor_stack,

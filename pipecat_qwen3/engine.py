@@ -174,7 +174,7 @@ class Engine:
             u.prefilled = prompt.shared.shape[0]
 
     def _prefill(self) -> bool:
-        """One piece for the voice that has waited longest; its borders are the same with a cached prefix and without."""
+        """One piece for the voice that has waited longest; cut at the same borders with a cached prefix and without."""
         u = next((u for u in self._resident if not u.is_prefilled), None)
         if u is None or u.prompt is None or u.row is None:
             return False

@@ -28,10 +28,17 @@ def remedy(path: Path) -> str:
     return "copy or download the checkpoint again"
 
 
-def refuse_stub(path: Path) -> None:
-    """Raise CheckpointError if a file is empty, or a text that stands for a file which was never fetched."""
-    with path.open("rb") as file:
-        start = file.read(64)
+def check_file(path: Path) -> None:
+    """Raise CheckpointError if a file is missing, unreadable, empty, or a text that stands for one never fetched."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}; {remedy(path)}") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); check what it is and who may read it"
+        ) from None
     if not start:
         raise CheckpointError(f"{path} is empty; {remedy(path)}")
     if start.startswith(b"version https://git-lfs"):
@@ -122,13 +129,9 @@ def _is_integer(value: object, low: int, high: int) -> bool:
 
 def read_json(path: Path) -> Keys:
     """Read a JSON object. Raises CheckpointError if the file is missing, a stub, no JSON, or no object."""
+    check_file(path)
     try:
-        refuse_stub(path)
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}; {remedy(path)}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; check what it is and who may read it") from None
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too long a number, or nested without end
         raise CheckpointError(f"{path} is not JSON ({error}); {remedy(path)}") from None
     if not isinstance(values, dict):

@@ -46,9 +46,8 @@ def find(name: str) -> Path:
     if os.path.exists(path):
         raise CheckpointError(f"model {_short(name)} is a file; pass the folder of a checkpoint, or {EMBEDDED!r}")
     if not _REPOSITORY.fullmatch(name):
-        raise UnknownNameError(
-            f"no model {_short(name)}: expected {EMBEDDED!r}, an existing folder, or a Hugging Face name such as {OFFICIAL[0]}"
-        )
+        expected = f"{EMBEDDED!r}, an existing folder, or a Hugging Face name such as {OFFICIAL[0]}"
+        raise UnknownNameError(f"no model {_short(name)}: expected {expected}")
     repository, _, revision = name.partition("@")
     return _fetch(name, repository, revision or None)
 
@@ -56,9 +55,14 @@ def find(name: str) -> Path:
 def _fetch(name: str, repository: str, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import tqdm
 
-    def fetch(*patterns: str) -> Path:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+    class NoBar(tqdm):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+
+    def fetch(*patterns: str, bar: type[tqdm] = tqdm) -> Path:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns), tqdm_class=bar))
 
     try:
         cached = try_to_load_from_cache(repository, "config.json", revision=revision)
@@ -69,7 +73,7 @@ def _fetch(name: str, repository: str, revision: str | None) -> Path:
                 f"model {name!r} is not (or only in part) in the local cache, and HF_HUB_OFFLINE forbids a download; "
                 "unset it, pass a local folder, or use the embedded voice"
             )
-        folder = fetch(*_CONFIGS)
+        folder = fetch(*_CONFIGS, bar=NoBar)
         read_model_config(folder)
         read_codec_config(folder)
         return fetch(*_CONFIGS, *_TOKENIZER, *_WEIGHTS)
@@ -109,9 +113,9 @@ def _explain(name: str, error: Exception) -> DownloadError:
         why = "is no folder here and no public model on Hugging Face"
         do = f"check the spelling, or set HF_TOKEN if it is private; the official ones are {', '.join(OFFICIAL)}"
     elif isinstance(cause, errors.RevisionNotFoundError):
-        why, do = "does not exist: Hugging Face knows the model, but not this revision", "check what follows the @"
-    elif status == 401:
-        why, do = "cannot be downloaded: Hugging Face does not accept the token", "renew HF_TOKEN, or unset it"
+        why, do = "has no such revision on Hugging Face", "check what follows the @"
+    elif status in (401, 403):
+        why, do = f"is refused by Hugging Face ({status})", "renew HF_TOKEN, or unset it"
     elif isinstance(cause, OSError) and cause.errno in _DISK:
         why = f"cannot be stored in {constants.HF_HUB_CACHE} ({cause.strerror})"
         do = "make room or give access there, or set HF_HOME to a folder on another disk"

@@ -94,7 +94,7 @@ PREDICTOR = {
 SIZE_NAMES = {"tiny": "0b6", "tiny-projected": "1b7", "0.6b": "0b6", "1.7b": "1b7"}
 
 LAST_CONV_GAIN = 0.015
-"""Measured: the waveform then has a standard deviation of 0.07 to 0.13 and stays below 0.75 (20 tiny seeds, 2 real ones)."""
+"""Measured: waveforms have a standard deviation of 0.07 to 0.13 and stay below 0.75 (20 tiny seeds, 2 real ones)."""
 
 EOS_GAIN = 2.0
 """The end-of-speech row of the head is longer than the others, so that random speech ends after some dozen frames."""
@@ -237,7 +237,7 @@ def model_config(variant: Variant, geometry: Geometry, ids: dict[str, int]) -> d
 
 
 def codec_model_config(tiny: bool) -> dict[str, Any]:
-    """speech_tokenizer/config.json. The tiny codec has the published rates (1920 samples a frame) and a window of 12."""
+    """speech_tokenizer/config.json. The tiny codec keeps the rates (1920 samples a frame), with a window of 12."""
     layer = {"attention_bias": False, "attention_dropout": 0.0, "max_position_embeddings": 8000}
     return {
         "architectures": ["Qwen3TTSTokenizerV2Model"],

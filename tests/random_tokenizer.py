@@ -8,13 +8,14 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-SPECIALS = (
+_SPECIALS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
     "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
     "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
     "<tool_response> </tool_response> <think> </think> <|audio_start|> <|audio_end|> <tts_pad> <tts_text_bos> "
     "<tts_text_eod> <tts_text_bos_single> <|audio_pad|>"
-).split()
+)
+SPECIALS = _SPECIALS.split()
 """The official added tokens in their order: ids 151643 to 151675 of the published checkpoints."""
 
 ORDINARY = set(SPECIALS[14:26])

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipecat_qwen3.backend import Request, Result
+from pipecat_qwen3.backend import Request
 from pipecat_qwen3.delivery import FADE_SAMPLES
 from pipecat_qwen3.local import LocalBackend
 from tests.golden.cases import EMBEDDED
@@ -33,25 +32,17 @@ def golden() -> Iterator[np.lib.npyio.NpzFile]:
         yield arrays
 
 
-@dataclass(frozen=True)
-class Side:
-    """One checkpoint in our code: the backend, and every utterance of its cases by (case, row)."""
-
-    ours: Ours
-    spoken: dict[tuple[str, int], tuple[np.ndarray, Result]]
-
-
-Sides = Callable[[dict[str, Any]], Side]
+Side = Callable[[dict[str, Any]], Ours]
 
 
 @pytest.fixture(scope="module")
-def side(tmp_path_factory: pytest.TempPathFactory, embedded: LocalBackend) -> Iterator[Sides]:
-    """Our side of a case. All cases of a checkpoint are spoken at the same time, so that modes share batches."""
-    sides: dict[str, Side] = {}
+def side(tmp_path_factory: pytest.TempPathFactory, embedded: LocalBackend) -> Iterator[Side]:
+    """Our side of a case; each checkpoint is opened once and speaks all its cases."""
+    opened: dict[str, Ours] = {}
 
-    def get(case: dict[str, Any]) -> Side:
+    def get(case: dict[str, Any]) -> Ours:
         checkpoint = case["checkpoint"]
-        if checkpoint not in sides:
+        if checkpoint not in opened:
             folder = embedded.checkpoint.folder
             if checkpoint != EMBEDDED:
                 variant, geometry, seed = checkpoint.split("/")
@@ -61,23 +52,19 @@ def side(tmp_path_factory: pytest.TempPathFactory, embedded: LocalBackend) -> It
                 f"checkpoint {checkpoint} is not the one that the goldens were made from (sha256 {found[:12]}…, then "
                 f"{wanted[:12]}…): tests/random_*.py or the embedded voice have changed; make the goldens again"
             )
-            opened = embedded if checkpoint == EMBEDDED else LocalBackend.open(str(folder), device="cpu", dtype="fp32")
-            ours = Ours(opened)
-            its = [one for one in SPOKEN if one["checkpoint"] == checkpoint]
-            keys = [(one["name"], row) for one in its for row in range(len(one["requests"]))]
-            requests = [Request(**request) for one in its for request in one["requests"]]
-            sides[checkpoint] = Side(ours, dict(zip(keys, ours.speak(requests), strict=True)))
-        return sides[checkpoint]
+            backend = embedded if checkpoint == EMBEDDED else LocalBackend.open(str(folder), device="cpu", dtype="fp32")
+            opened[checkpoint] = Ours(backend, [one for one in SPOKEN if one["checkpoint"] == checkpoint])
+        return opened[checkpoint]
 
     yield get
-    for checkpoint, one in sides.items():
+    for checkpoint, ours in opened.items():
         if checkpoint != EMBEDDED:
-            one.ours.backend.close()
+            ours.backend.close()
 
 
 @named(WITH_PROMPT)
-def test_the_prompt_is_the_official_one(case: dict[str, Any], side: Sides, golden: Any) -> None:
-    prompt, trailing = side(case).ours.prompt(Request(**case["requests"][0]))
+def test_the_prompt_is_the_official_one(case: dict[str, Any], side: Side, golden: Any) -> None:
+    prompt, trailing = side(case).prompt(Request(**case["requests"][0]))
     for ours, name in ((prompt, "prompt"), (trailing, "trailing")):
         official = torch.from_numpy(golden[f"{case['name']}/0/{name}"])
         assert ours.shape == official.shape
@@ -85,7 +72,7 @@ def test_the_prompt_is_the_official_one(case: dict[str, Any], side: Sides, golde
 
 
 @named(SPOKEN)
-def test_the_codes_are_the_official_ones(case: dict[str, Any], side: Sides, golden: Any) -> None:
+def test_the_codes_are_the_official_ones(case: dict[str, Any], side: Side, golden: Any) -> None:
     for row, ended in enumerate(case["ended"]):
         _, result = side(case).spoken[case["name"], row]
         np.testing.assert_array_equal(result.codes, golden[f"{case['name']}/{row}/codes"])
@@ -93,7 +80,7 @@ def test_the_codes_are_the_official_ones(case: dict[str, Any], side: Sides, gold
 
 
 @named([case for case in SPOKEN if case["name"] in ("unprojected whole sampled", "embedded whole greedy")])
-def test_the_samples_are_the_official_ones(case: dict[str, Any], side: Sides, golden: Any) -> None:
+def test_the_samples_are_the_official_ones(case: dict[str, Any], side: Side, golden: Any) -> None:
     pcm, result = side(case).spoken[case["name"], 0]
     official = golden[f"{case['name']}/0/wav"]
     assert len(pcm) == len(official)

@@ -26,6 +26,7 @@ HOP, WINDOW, MELS, FLOOR = 160, 512, 80, 0.02
 PITCH_WEIGHT, VOICED_WEIGHT = 20.0, 2.5
 
 
+@cache
 def mel_bank(window: int, mels: int, rate: int, low: float, high: float) -> Tensor:
     """Triangular mel filters [mels, window / 2 + 1]; a filter narrower than a bin takes its nearest bin."""
 
@@ -44,16 +45,13 @@ def mel_bank(window: int, mels: int, rate: int, low: float, high: float) -> Tens
     return torch.from_numpy(bank)
 
 
-@cache
-def _bank() -> Tensor:
-    return mel_bank(WINDOW, MELS, RATE, 40, 7800)
-
-
 def log_mel(wave: Tensor) -> Tensor:
     """Log mel amplitude [samples / 160, 80] of a wave [samples] in [-1, 1]; row j is centred at sample 160 j + 80."""
     margin = (WINDOW - HOP) // 2
     windows = F.pad(wave, (margin, margin + HOP)).unfold(0, WINDOW, HOP)[: len(wave) // HOP]
-    return torch.log(torch.fft.rfft(windows * torch.hann_window(WINDOW)).abs() @ _bank().T + FLOOR)
+    return torch.log(
+        torch.fft.rfft(windows * torch.hann_window(WINDOW)).abs() @ mel_bank(WINDOW, MELS, RATE, 40, 7800).T + FLOOR
+    )
 
 
 def pitch(wave: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,11 +17,8 @@ RATE = 16_000
 STRETCH = {"slt": 1.1, "rms": 1.0}
 """The voices, with their durations' stretch: slt speaks a little slower, the recogniser then hears her better."""
 
-PHONES = tuple(
-    "pau aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th uh uw v w y z zh".split(
-        " "
-    )
-)
+_PHONES = "pau aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th uh uw v w y z zh"
+PHONES = tuple(_PHONES.split())
 """flite's US English phones; "pau" (a pause) is 0."""
 
 

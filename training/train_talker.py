@@ -112,7 +112,7 @@ class Trainer:
                     part = utterances[begin : begin + 30]
                     batch = collate(self.config, [Choice(u, layout, False) for u in part]).to(self.device)
                     losses = self.loss(batch, noise=False, guided=False, share=0.0)
-                    found += float(losses["code0"]) * len(part)
+                    found += losses["code0"].item() * len(part)
                     weight += len(part)
                 figures[f"{name} {layout}"] = found / weight
         self.talker.load_state_dict(kept)

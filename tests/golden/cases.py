@@ -4,7 +4,7 @@ Knows neither the official package nor ours: keywords are those of pipecat_qwen3
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,15 @@ class Case:
     clone: str = ""
 
 
+REAL_REQUEST: dict[str, Any] = {
+    "text": "Hello world, this is a test.",
+    "voice": "ryan",
+    "language": "english",
+    "layout": "streaming",
+    "repetition_penalty": 1.0,
+}
+"""What is spoken at a published size; without a penalty, so that logits are those of the head."""
+
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "top_p": {"top_p": 0.8, "predictor_top_p": 0.7},
     "cool": {"temperature": 0.6, "predictor_temperature": 1.3},
@@ -45,8 +54,14 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 """Sampling parameters beside those of the checkpoint; the last two differ in the penalty alone."""
 
 
-def cases(checkpoint_seed: int) -> Iterator[Case]:
-    """Every case, on random checkpoints of one seed and on the embedded voice."""
+def cases(seed: int) -> Iterator[Case]:
+    """Every case; `seed` picks the random checkpoints and the voices' random streams."""
+    for case in _cases(seed):
+        requests = (request | {"seed": request.get("seed", 0) + 1000 * seed} for request in case.requests)
+        yield replace(case, requests=tuple(requests))
+
+
+def _cases(checkpoint_seed: int) -> Iterator[Case]:
     yield from _custom_voice(f"custom_voice/tiny-projected/{checkpoint_seed}")
     yield from _plain(f"custom_voice/tiny/{checkpoint_seed}")
     for geometry in ("tiny", "tiny-projected"):

@@ -3,6 +3,7 @@
 python -m tests.golden.make        in an environment with qwen_tts 0.1.1 and transformers 4.57.3 (see README.md)
 """
 
+import argparse
 import json
 import logging
 import platform
@@ -22,59 +23,75 @@ from tests.random_shapes import codec_shapes, model_shapes
 from tests.random_tokenizer import SPECIALS
 
 HERE = Path(__file__).parent
-CHECKPOINT_SEED = 1
+GOLDEN_SEED = 1
 EMBEDDED_FOLDER = HERE.parents[1] / "pipecat_qwen3" / "embedded"
 PACKAGES = ("qwen-tts", "transformers", "torch", "numpy", "tokenizers", "safetensors")
 WITH_WAV = ("unprojected whole sampled", "embedded whole greedy")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of goldens.npz and goldens.json")
+    parser.add_argument("--seed", type=int, default=GOLDEN_SEED, help="of checkpoints and voices")
+    parser.add_argument(
+        "--checkpoints", type=Path, help="folder that keeps the checkpoints; a temporary one by default"
+    )
+    parser.add_argument("--waveforms", action="store_true", help="keep every waveform, not a few")
+    args = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     check_shapes()
+    if args.checkpoints is not None:
+        run(args.out, args.seed, args.checkpoints, args.waveforms)
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            run(args.out, args.seed, Path(scratch), args.waveforms)
+
+
+def run(out: Path, seed: int, checkpoints: Path, waveforms: bool) -> None:
+    """Speak every case and write the two files."""
     arrays: dict[str, np.ndarray] = {}
     told: list[dict[str, Any]] = []
     digests: dict[str, str] = {}
-    wanted = list(cases(CHECKPOINT_SEED))
-    with tempfile.TemporaryDirectory() as scratch:
-        for checkpoint in dict.fromkeys(case.checkpoint for case in wanted):
-            folder = checkpoint_folder(checkpoint, Path(scratch))
-            digests[checkpoint] = digest(folder)
-            official = Official(folder)
-            references = clone_references(official) if checkpoint.startswith("base/") else {}
-            for clone, items in references.items():
-                arrays[f"{checkpoint}/x_vector"] = items[0].ref_spk_embedding.float().numpy()
-                if clone == "icl":
-                    arrays[f"{checkpoint}/reference_codes"] = items[0].ref_code.numpy().astype(np.int16)
-            for case in (case for case in wanted if case.checkpoint == checkpoint):
-                spoken = official.speak(case.requests, references.get(case.clone))
-                keep(arrays, case, spoken)
-                told.append(asdict(case) | {"ended": [one.ended for one in spoken]})
-                print(f"{case.name}: {[len(one.codes) for one in spoken]} frames", flush=True)
+    wanted = list(cases(seed))
+    for checkpoint in dict.fromkeys(case.checkpoint for case in wanted):
+        folder = checkpoint_folder(checkpoint, checkpoints)
+        digests[checkpoint] = digest(folder)
+        official = Official(folder)
+        references = clone_references(official) if checkpoint.startswith("base/") else {}
+        if references:
+            arrays[f"{checkpoint}/x_vector"] = references["icl"][0].ref_spk_embedding.float().numpy()
+            arrays[f"{checkpoint}/reference_codes"] = references["icl"][0].ref_code.numpy().astype(np.int16)
+        for case in (case for case in wanted if case.checkpoint == checkpoint):
+            spoken = official.speak(case.requests, references.get(case.clone))
+            keep(arrays, case, spoken, waveforms or case.name in WITH_WAV)
+            told.append(asdict(case) | {"ended": [one.ended for one in spoken]})
+            print(f"official: {case.name}: {[len(one.codes) for one in spoken]} frames", flush=True)
     provenance = {
         "made_with": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "seed": seed,
         "dtype": "float32",
         "torch_threads": 1,
         "reference_text": REFERENCE_TEXT,
         "checkpoints": digests,
         "cases": told,
     }
-    np.savez_compressed(HERE / "goldens.npz", **arrays)  # type: ignore[arg-type]
-    (HERE / "goldens.json").write_text(json.dumps(provenance, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    np.savez_compressed(out / "goldens.npz", **arrays)  # type: ignore[arg-type]
+    (out / "goldens.json").write_text(json.dumps(provenance, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     ended = sum(end for case in told for end in case["ended"])
-    size = (HERE / "goldens.npz").stat().st_size
-    print(f"{len(told)} cases, {ended} utterances ended by themselves, {size / 1e6:.2f} MB")
+    size = (out / "goldens.npz").stat().st_size
+    print(f"official: {len(told)} cases, {ended} utterances ended by themselves, {size / 1e6:.2f} MB")
 
 
-def keep(arrays: dict[str, np.ndarray], case: Case, spoken: list[Spoken]) -> None:
-    """Codes of every utterance; embeddings of the greedy single ones; waveforms of a few."""
+def keep(arrays: dict[str, np.ndarray], case: Case, spoken: list[Spoken], waveforms: bool) -> None:
+    """Codes of every utterance; embeddings of the greedy single ones; waveforms on request."""
     for row, one in enumerate(spoken):
         arrays[f"{case.name}/{row}/codes"] = one.codes.numpy().astype(np.int16)
+        if waveforms:
+            arrays[f"{case.name}/{row}/wav"] = one.wav.numpy()
     if len(spoken) == 1 and case.name.endswith("greedy"):
         arrays[f"{case.name}/0/prompt"] = spoken[0].prompt.numpy()
         arrays[f"{case.name}/0/trailing"] = spoken[0].trailing.numpy()
-    if case.name in WITH_WAV:
-        arrays[f"{case.name}/0/wav"] = spoken[0].wav.numpy()
 
 
 def clone_references(official: Official) -> dict[str, Any]:

@@ -100,7 +100,8 @@ def shared_rule(seeds: Sequence[int], vocab: int, codebooks: int) -> Iterator[No
 
     def multinomial(probabilities: Tensor, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal frame, predicted
-        assert num_samples == 1 and probabilities.shape[0] == len(seeds)
+        assert num_samples == 1
+        assert probabilities.shape[0] == len(seeds)
         if probabilities.shape[1] == vocab:
             at, draw = frame, 0
             frame += 1
@@ -168,6 +169,24 @@ class Official:
             )
             for row, length in enumerate(lengths)
         ]
+
+    @torch.no_grad()
+    def logits(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher-forced logits along `codes` [F, C], after the prompt of the last `speak`, in the model's dtype.
+
+        returns fp32 [F, V] for code 0 and fp32 [F, C-1, K] for the others; whole sequences at once
+        """
+        talker = self.talker
+        tables = [talker.get_input_embeddings(), *talker.code_predictor.get_input_embeddings()]
+        summed = torch.stack([table(codes[:, g]) for g, table in enumerate(tables)], 1).sum(1)
+        text = self._seen["trailing_text_hidden"][0]
+        pad = self._seen["tts_pad_embed"].reshape(1, -1)
+        text = torch.cat([text, pad.expand(len(codes), -1)])[: len(codes)]
+        x = torch.cat([self._seen["inputs_embeds"][0], (summed + text)[:-1]])
+        positions = torch.arange(len(x))[None, None].expand(3, 1, -1)
+        hidden = talker.model(inputs_embeds=x[None], position_ids=positions).last_hidden_state[0, -len(codes) :]
+        later, _ = talker.forward_sub_talker_finetune(codes, hidden)
+        return talker.codec_head(hidden).float(), later.float()
 
     @staticmethod
     def _watch(owner: Any, name: str, tell: Callable[[Any, dict[str, Any]], None]) -> None:

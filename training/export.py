@@ -1,0 +1,60 @@
+"""Trained weights in, a checkpoint folder in the official layout out: bfloat16, configs and tokenizer of the base.
+
+    python -m training.export BASE OUT [--talker RUN/last.pt] [--codec RUN/last.pt]
+
+Without --talker or --codec that part is the base's own. What the base holds beside them (the codec's unused encoder) is
+copied, so the folder loads in the official `qwen_tts` package too.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+LIMIT_MB = 25.0
+
+
+def averaged(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The averaged weights of a trainer's file under their official names."""
+    return {prefix + name: x for name, x in torch.load(path, weights_only=True, map_location="cpu")["average"].items()}
+
+
+def write(base: Path, out: Path, fresh: dict[str, Tensor]) -> None:
+    """Write the base's model.safetensors with the fresh tensors in their places; refuses names that it lacks."""
+    tensors = load_file(base / "model.safetensors")
+    for name, x in fresh.items():
+        if name not in tensors or tensors[name].shape != x.shape:
+            raise SystemExit(
+                f"{base / 'model.safetensors'} has no {name} of shape {tuple(x.shape)}; was another base trained?"
+            )
+    merged = tensors | fresh
+    halved = {n: (x.bfloat16() if x.is_floating_point() else x).contiguous() for n, x in merged.items()}
+    save_file(halved, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def export(base: Path, out: Path, talker: Path | None, codec: Path | None) -> float:
+    """Write the folder; returns its size in MB (10^6 bytes)."""
+    shutil.copytree(base, out, dirs_exist_ok=True)
+    write(base, out, averaged(talker, "talker.") if talker else {})
+    tokenizer = "speech_tokenizer"
+    write(base / tokenizer, out / tokenizer, averaged(codec, "decoder.") if codec else {})
+    return sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 1e6
+
+
+def main() -> None:
+    """Export, and say how large the folder is."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--talker", type=Path)
+    parser.add_argument("--codec", type=Path)
+    options = parser.parse_args()
+    size = export(options.base, options.out, options.talker, options.codec)
+    print(f"{options.out}: {size:.1f} MB" + (f", more than {LIMIT_MB:.0f}" if size > LIMIT_MB else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Shards with codes in, a trained codec decoder out: resumable, schedules in steps, averaged weights.
+
+    python -m training.train_codec BASE DATA… --run RUN --steps 15000
+
+BASE is a checkpoint folder: its codec's config and weights are the beginning. The decoder learns to speak from the
+codes of recordings, so it can be trained beside the talker; its codebooks stay as they are. RUN/last.pt is taken up
+again by the same command.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soxr
+import torch
+from torch import Tensor, nn
+
+from pipecat_qwen3.checkpoint import Checkpoint
+from training import codec_loss
+from training.features import FRAME, MELS
+from training.flite import RATE
+from training.train_talker import rate, shards
+
+AVERAGE = 0.999
+"""Decay a step of the averaged weights, which are what is exported."""
+
+MARGIN = 320
+"""Samples at 16 kHz read on the left of a crop, so that resampling is in its stride where the crop begins."""
+
+
+class Crops:
+    """Random pieces of the recordings, the voices in a chosen proportion."""
+
+    def __init__(self, paths: list[Path], frames: int, rms_share: float, seed: int) -> None:
+        self.frames, self.rms_share, self.rng = frames, rms_share, random.Random(seed)
+        self.items: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = ([], [])
+        for path in paths:
+            shard = torch.load(path, weights_only=True, mmap=True)
+            lengths = shard["frames"].tolist()
+            waves = shard["wave"].split([n * FRAME for n in lengths])
+            for voice, codes, samples in zip(
+                shard["voices"].tolist(), shard["codes"].split(lengths), waves, strict=True
+            ):
+                if len(codes) >= frames:
+                    self.items[voice].append((codes, samples))
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """Codes int64 [count, 8, frames] and waves [count, frames * 1920] in [-1, 1] at 24 kHz."""
+        codes, waves = [], []
+        for _ in range(count):
+            chosen, samples = self.rng.choice(self.items[int(self.rng.random() < self.rms_share)])
+            start = 0 if self.rng.random() < 0.15 else self.rng.randint(0, len(chosen) - self.frames)
+            first = max(0, start * FRAME - MARGIN)
+            piece = samples[first : (start + self.frames) * FRAME + MARGIN].float().div(32768).numpy()
+            resampled = soxr.resample(piece, RATE, codec_loss.RATE)[(start * FRAME - first) * 3 // 2 :]
+            resampled = resampled[: self.frames * FRAME * 3 // 2]
+            codes.append(chosen[start : start + self.frames].T.long())
+            waves.append(torch.from_numpy(np.pad(resampled, (0, self.frames * FRAME * 3 // 2 - len(resampled)))))
+        return torch.stack(codes), torch.stack(waves).float()
+
+
+class Trainer:
+    """Everything that a step changes."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.manual_seed(options.seed)
+        checkpoint = Checkpoint.open(options.base)
+        self.options, self.device = options, torch.device(options.device)
+        self.decoder = checkpoint.load_codec().to(self.device).train().requires_grad_(True)
+        if options.init:
+            state = torch.load(options.init, weights_only=True, map_location=self.device)["m"]
+            self.decoder.load_state_dict({name: x.float() for name, x in state.items()}, strict=False)
+        self.decoder.quantizer.requires_grad_(False)
+        # 50 Hz latents -> two 10 ms mel spectra: gives the trunk a gradient of its own; not exported
+        self.mel_head = nn.Linear(checkpoint.codec_config.latent, 2 * MELS).to(self.device)
+        self.parameters = [p for p in self.decoder.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            [*self.parameters, *self.mel_head.parameters()],
+            lr=options.lr,
+            betas=(0.8, 0.98),
+            weight_decay=0.0,
+            fused=True,
+        )
+        self.average = {name: x.clone() for name, x in self.decoder.state_dict().items()}
+        self.step, self.seconds = 0, 0.0
+        self.path = options.run / "last.pt"
+        if self.path.exists():
+            self._resume(torch.load(self.path, map_location=self.device, weights_only=True))
+        if options.compile:
+            codec_loss.wave = torch.compile(codec_loss.wave)
+
+    def _resume(self, saved: dict[str, Any]) -> None:
+        self.decoder.load_state_dict(saved["decoder"])
+        self.mel_head.load_state_dict(saved["mel_head"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.average, self.step, self.seconds = saved["average"], saved["step"], saved["seconds"]
+        print(f"resumed at step {self.step}", flush=True)
+
+    def save(self) -> None:
+        """Write everything that `_resume` needs."""
+        parts = {"decoder": self.decoder, "mel_head": self.mel_head, "optimizer": self.optimizer}
+        state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(
+            state | {"average": self.average, "step": self.step, "seconds": self.seconds},
+            self.path.with_suffix(".part"),
+        )
+        self.path.with_suffix(".part").rename(self.path)
+
+    def learn(self, codes: Tensor, wanted: Tensor) -> dict[str, float]:
+        """One step on codes [N,8,T] and waves [N,1920 T]."""
+        options = self.options
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.lr * rate(self.step, options.steps, options.warm, options.hold)
+        made, latents = codec_loss.decode(self.decoder, codes.to(self.device))
+        wanted = wanted.to(self.device)
+        loss, mel = codec_loss.codec_loss(made, wanted)
+        with torch.no_grad():
+            spectra = codec_loss.magnitudes(wanted, 1024, 240)[:, : codes.shape[2] * 8]
+            target = codec_loss.log_mel(spectra, 1024, MELS)
+        trunk = (self.mel_head(latents.transpose(1, 2)).unflatten(-1, (2, MELS)).flatten(1, 2) - target).abs().mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss + 0.3 * (1 - self.step / options.steps) * trunk).backward()
+        nn.utils.clip_grad_norm_(self.parameters, 2.0)
+        self.optimizer.step()
+        self.step += 1
+        if self.step % 5 == 0:
+            decay = min(AVERAGE**5, (1 + self.step) / (60 + self.step))
+            with torch.no_grad():
+                for name, x in self.decoder.state_dict().items():
+                    self.average[name].lerp_(x, 1 - decay)
+        return {"loss": loss.item(), "mel": mel.item(), "trunk": trunk.item()}
+
+
+def main() -> None:
+    """Train until --steps; the same command goes on where the last one stopped."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("base")
+    parser.add_argument("data", type=Path, nargs="+")
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="weights to begin with instead of the base's")
+    parser.add_argument("--steps", type=int, default=15_000)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--warm", type=int, default=150)
+    parser.add_argument("--hold", type=float, default=0.4)
+    parser.add_argument("--crops", type=int, default=4, help="pieces in a batch; 64 suits a GPU")
+    parser.add_argument("--frames", type=int, default=12, help="of a piece")
+    parser.add_argument("--rms-share", type=float, default=0.35, help="slt, the higher voice, needs more practice")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
+    options.run.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(options)
+    crops = Crops(shards(options.data), options.frames, options.rms_share, options.seed + trainer.step)
+    print(f"{[len(items) for items in crops.items]} recordings", flush=True)
+    said = saved = time.monotonic()
+    sums: dict[str, float] = {}
+    count = 0
+    while trainer.step < options.steps:
+        losses = trainer.learn(*crops.draw(options.crops))
+        sums = {name: sums.get(name, 0.0) + x for name, x in losses.items()}
+        count += 1
+        now, over = time.monotonic(), trainer.step >= options.steps
+        if now - said > 60 or over:
+            trainer.seconds += now - said
+            line = {
+                "step": trainer.step,
+                "minutes": round(trainer.seconds / 60, 1),
+                "s/step": round((now - said) / count, 3),
+            }
+            print(json.dumps(line | {name: round(x / count, 4) for name, x in sums.items()}), flush=True)
+            said, sums, count = now, {}, 0
+        if now - saved > 180 or over:
+            trainer.save()
+            saved = now
+
+
+if __name__ == "__main__":
+    main()
