@@ -5,10 +5,11 @@ TEXT = Hello there. How can I help you today?
 OUT = hello.wav
 ARGS =
 VENV = .venv
-NEEDED_GB = 3
 # Where to take torch from; empty: pip's own index. A Linux machine without a card saves gigabytes by naming an index of
 # CPU wheels.
 TORCH_INDEX ?=
+# Torch with the CUDA libraries takes 5 GB of disk, without them 2.
+NEEDED_GB = $(if $(TORCH_INDEX)$(filter Darwin,$(shell uname -s)),3,7)
 
 # Through the environment, so that quotes and dollars of the text reach the program as they were typed.
 export SAY_TEXT = $(value TEXT)
@@ -63,7 +64,8 @@ endef
 $(PY):
 	@free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }'); \
 	if [ "$$free" -lt $(NEEDED_GB) ]; then \
-		echo "$(VENV) needs about $(NEEDED_GB) GB, but $$free GB are free here; make room, or set VENV=/elsewhere" >&2; exit 1; \
+		echo "$(VENV) needs about $(NEEDED_GB) GB (3 with TORCH_INDEX=an index of CPU wheels), but $$free GB are free;" \
+			"make room, or set VENV=/elsewhere" >&2; exit 1; \
 	fi; \
 	for python in $$PYTHON python3.13 python3.12 python3.11 python3; do \
 		if "$$python" -c '$(SUITS)' 2>/dev/null; then \

@@ -42,6 +42,7 @@ SAME = {"dr": "doctor", "mr": "mister", "mrs": "missus", "ok": "okay", "colour":
 RECOGNISER_RATE = 16_000
 
 Hear = Callable[[np.ndarray], str]
+"""Audio [samples] at 16 kHz in, the words that were understood out."""
 
 
 class Sentence(NamedTuple):
@@ -52,12 +53,16 @@ class Sentence(NamedTuple):
     words: list[str]
 
 
+Utterance = tuple[Sentence, np.ndarray, str]
+"""A sentence, its audio [samples] at 16 kHz, and how its speech ended."""
+
+
 class Spoken(NamedTuple):
     """One utterance as it was heard: word errors of ours and of flite's, and by how many seconds ours is longer."""
 
     sentence: Sentence
     voice: str
-    layout: Layout
+    layout: str
     heard: str
     errors: int
     flite_errors: int | None
@@ -68,8 +73,9 @@ class Spoken(NamedTuple):
 
 def words_of(text: str) -> list[str]:
     """Words as they are compared: lower case, one spelling."""
-    found = re.findall(r"[a-z']+", text.lower().replace("’", "'").replace(".m.", "m"))
-    return [SAME.get(w.strip("'"), w.strip("'")) for w in found if w.strip("'")]
+    found: list[str] = re.findall(r"[a-z']+", text.lower().replace("’", "'").replace(".m.", "m"))
+    bare = [word.strip("'") for word in found]
+    return [SAME.get(word, word) for word in bare if word]
 
 
 def read_sentences(count: int | None) -> list[Sentence]:
@@ -145,9 +151,9 @@ def speech_seconds(audio: np.ndarray) -> float:
 
 
 def speak(
-    backend: LocalBackend, sentences: Sequence[Sentence], voice: str, layout: Layout, options: dict[str, Any]
-) -> Iterable[tuple[Sentence, np.ndarray, str]]:
-    """Each sentence with its audio at 16 kHz and how it ended; as many at once as the engine takes."""
+    backend: LocalBackend, sentences: Sequence[Sentence], voice: str, layout: Layout, **options: Any
+) -> Iterable[Utterance]:
+    """Speak sentences in one voice and layout, as many at once as the engine takes; options are Request's."""
     size = backend.max_batch
     for begin in range(0, len(sentences), size):
         group = sentences[begin : begin + size]
@@ -174,12 +180,19 @@ def original(sentence: Sentence, voice: str, hear: Hear) -> tuple[int, float] | 
 _ORIGINALS: dict[tuple[str, str], tuple[int, float]] = {}
 
 
-def listen(
-    backend: LocalBackend, hear: Hear, sentences: Sequence[Sentence], voice: str, layout: Layout, **options: Any
-) -> list[Spoken]:
-    """Speak and hear all sentences in one voice and layout; options are Request's."""
+def recorded(folder: Path, sentences: Sequence[Sentence], voice: str) -> Iterable[Utterance]:
+    """Recordings FOLDER/VOICE/NUMBER.wav (24 kHz) of sentences by their number, instead of speaking them."""
+    numbers = {sentence.text: number for number, sentence in enumerate(read_sentences(None))}
+    for sentence in sentences:
+        with wave.open(str(folder / voice / f"{numbers[sentence.text]:03d}.wav")) as file:
+            pcm = np.frombuffer(file.readframes(file.getnframes()), np.int16)
+        yield sentence, soxr.resample(pcm / 32768, SAMPLE_RATE, RECOGNISER_RATE), "eos"
+
+
+def listen(utterances: Iterable[Utterance], hear: Hear, voice: str, layout: str) -> list[Spoken]:
+    """Hear utterances of one voice and layout."""
     spoken = []
-    for sentence, audio, end in speak(backend, sentences, voice, layout, options):
+    for sentence, audio, end in utterances:
         heard, seconds = hear(audio), len(audio) / RECOGNISER_RATE
         errors = word_errors(sentence.words, words_of(heard))
         flite_errors, flite_s = original(sentence, voice, hear)
@@ -239,6 +252,7 @@ def main() -> None:
     parser.add_argument("--voice", action="append", help="may be repeated (default: all)")
     parser.add_argument("--layout", choices=("whole", "streaming", "both"), default="both")
     parser.add_argument("--asr", choices=("sphinx", "whisper"), default="sphinx")
+    parser.add_argument("--recordings", type=Path, help="hear FOLDER/VOICE/NUMBER.wav instead of speaking")
     parser.add_argument("--greedy", action="store_true")
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--dtype", default="auto")
@@ -248,18 +262,20 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.monotonic()
     hear = sphinx() if options.asr == "sphinx" else whisper()
-    backend = LocalBackend.open(options.model, dtype=options.dtype, device=options.device)
-    layouts: tuple[Layout, ...] = ("whole", "streaming") if options.layout == "both" else (options.layout,)
-    sampling = {
-        "greedy": options.greedy,
-        "temperature": options.temperature,
-        "predictor_temperature": options.temperature,
-    }
-    sentences, spoken = read_sentences(options.sentences), []
-    for voice in options.voice or backend.voices:
-        for layout in layouts:
-            spoken += listen(backend, hear, sentences, voice, layout, **sampling)
-    backend.close()
+    sentences, spoken, setting = read_sentences(options.sentences), [], {}
+    if options.recordings:
+        for voice in options.voice or STRETCH:
+            spoken += listen(recorded(options.recordings, sentences, voice), hear, voice, "recorded")
+    else:
+        backend = LocalBackend.open(options.model, dtype=options.dtype, device=options.device)
+        setting = {"device": str(backend.device), "dtype": str(backend.dtype)}
+        layouts: tuple[Layout, ...] = ("whole", "streaming") if options.layout == "both" else (options.layout,)
+        t = options.temperature
+        sampling = {"greedy": options.greedy, "temperature": t, "predictor_temperature": t}
+        for voice in options.voice or backend.voices:
+            for layout in layouts:
+                spoken += listen(speak(backend, sentences, voice, layout, **sampling), hear, voice, layout)
+        backend.close()
     found = tables(spoken)
     print(f"{'':28} {'n':>4} {'WER %':>6} {'+-':>4} {'flite':>6} {'end error s':>11} {'runaways/1000':>13}")
     for name, row in found.items():
@@ -268,8 +284,8 @@ def main() -> None:
             f"{name:28} {row['sentences']:4} {percent(row['wer']):>6} {percent(row['wer_interval']).strip():>4} "
             f"{percent(row['flite_wer']):>6} {end:>11} {row['runaways_per_1000']:13}"
         )
-    name = re.sub(r"\W+", "_", Path(options.model).name)
-    path = options.json or ROOT / "bench" / "results" / f"asr_loop_{name}{'_greedy' if options.greedy else ''}.json"
+    name = re.sub(r"\W+", "_", Path(options.recordings or options.model).name) + ("_greedy" if options.greedy else "")
+    path = options.json or ROOT / "bench" / "results" / f"asr_loop_{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     record = {
@@ -277,8 +293,7 @@ def main() -> None:
         "commit": commit.stdout.strip(),
         "machine": f"{platform.machine()} {platform.processor()}".strip(),
         "torch": torch.__version__,
-        "device": str(backend.device),
-        "dtype": str(backend.dtype),
+        **setting,
         "options": {k: str(v) for k, v in vars(options).items() if v is not None},
         "minutes": round((time.monotonic() - began) / 60, 1),
         "figures": found,

@@ -20,6 +20,11 @@ from megakernel.shape import Shape
 PIECE = 16
 """Positions of one prefill call at most; every piece is padded to it, so that its products have one row count."""
 
+DRAWN = 64
+"""Frames whose random numbers are drawn at once."""
+
+WIDTHS = (2, 4, 8, 16, 32)
+
 BACKENDS = ("auto", "persistent", "graph", "torch")
 
 
@@ -103,11 +108,11 @@ class TorchFrameStep(FrameStep):
     """
 
     def __init__(self, weights: FrameWeights, shape: Shape, rows: int, columns: int, positions: int) -> None:
-        self.weights, self.shape = weights, shape
+        self.weights, self.shape = reference.pack(weights), shape
         self.rows, self.columns, self.positions = rows, columns, positions
         device, dtype = weights.codec_head.device, weights.codec_head.dtype
         talker, predictor = shape.talker, shape.predictor
-        self.widths = _widths(weights, columns)
+        self.widths = _widths(self.weights, columns)
         self.kv = torch.zeros(
             talker.layers, 2, rows, talker.kv_heads, positions, talker.head_dim, dtype=dtype, device=device
         )
@@ -128,6 +133,8 @@ class TorchFrameStep(FrameStep):
         )
         self.talker_rope = reference.rope_table(talker, positions, device)
         self.predictor_rope = reference.rope_table(predictor, shape.codebooks, device)
+        self.random = torch.zeros(rows, DRAWN, shape.codebooks, device=device)
+        self.first_entry = torch.arange(shape.codebooks, device=device) * shape.codes
         self._knobs: dict[tuple[Sampling, ...], tuple[Knobs, Knobs, Tensor]] = {}
 
     def admit(self, row: int, pending: Tensor, seed: int, sampling: Sampling) -> None:
@@ -191,27 +198,32 @@ class TorchFrameStep(FrameStep):
         index = torch.tensor(rows, device=text.device)
         hidden = self._talker(rows, live, F.pad(self.pending[index] + text, (0, 0, 0, width - n)))
 
-        first, rest, penalty = self._sampling(tuple(state.sampling for state in live), width)
-        seeds = torch.tensor([state.seed for state in live], device=text.device)
-        frames = torch.tensor([state.frame for state in live], device=text.device)
-        random = F.pad(uniforms(seeds, frames, self.shape.codebooks), (0, 0, 0, width - n))
-        logits = F.linear(hidden, self.weights.codec_head).float()
-        early = F.pad(frames < 2, (0, width - n))
-        history = F.pad(self.history[index], (0, 0, 0, width - n))
-        logits = restrict(logits, history, penalty, early, self.shape.eos, self.shape.suppress_from)
+        first, rest, penalty = self._sampling(tuple(state.sampling for state in live))
+        random = self._uniforms(rows, live, index)
+        logits = reference.linear(hidden, self.weights.codec_head)[:n].float()
+        early = torch.tensor([state.frame < 2 for state in live], device=text.device)
+        logits = restrict(logits, self.history[index], penalty, early, self.shape.eos, self.shape.suppress_from)
         code0 = pick(logits, first, random[:, 0])
 
-        done = self.done[index] | (code0[:n] == self.shape.eos)
+        done = self.done[index] | (code0 == self.shape.eos)
         self.done[index] = done
-        spoken = code0.clamp(max=self.shape.codes - 1)
-        codes, summed = self._predictor(hidden, spoken, rest, random)
-        codes[:n, 0] = torch.where(done, self.shape.eos, code0[:n])
-        self.history[index, code0[:n]] = True
-        self.pending[index] = summed[:n]
+        codes, summed = self._predictor(hidden, code0.clamp(max=self.shape.codes - 1), rest, random)
+        codes[:, 0] = torch.where(done, self.shape.eos, code0)
+        self.history[index, code0] = True
+        self.pending[index] = summed
         for state in live:
             state.position += 1
             state.frame += 1
-        return codes[:n]
+        return codes
+
+    def _uniforms(self, rows: Sequence[int], live: list[_Row], index: Tensor) -> Tensor:
+        """This frame's random numbers, [n, C]; drawn for many frames at once, since it takes a hundred small operations."""
+        device = index.device
+        for row, state in zip(rows, live, strict=True):
+            if state.frame % DRAWN == 0:
+                frames = torch.arange(state.frame, state.frame + DRAWN, device=device)
+                self.random[row] = uniforms(torch.full_like(frames, state.seed), frames, self.shape.codebooks)
+        return self.random[index, torch.tensor([state.frame % DRAWN for state in live], device=device)]
 
     def _talker(self, rows: Sequence[int], live: list[_Row], x: Tensor) -> Tensor:
         """One talker step: x [width, H] -> hidden [width, H], after the final norm."""
@@ -236,27 +248,24 @@ class TorchFrameStep(FrameStep):
         return reference.stack(x[:, None], self.weights.talker, self.shape.talker, cos, sin, attend)[:, 0]
 
     def _predictor(self, hidden: Tensor, code0: Tensor, k: Knobs, random: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes 1..C-1 and the sum of all C embeddings: hidden [W,H], code0 [W] -> codes [W,C], sum [W,H].
+        """Codes 1..C-1 and the sum of all C embeddings: hidden [W,H], code0 [n] -> codes [n,C], sum [n,H].
 
         The first pass feeds two positions (the talker's hidden state, then code 0), each later pass one.
         """
-        w, shape = self.weights, self.shape
-        width = hidden.shape[0]
-        codes = torch.empty(width, shape.codebooks, dtype=torch.int64, device=hidden.device)
-        codes[:, 0] = code0
-        summed = w.embeddings[0][code0]
-        past = hidden if w.projection is None else F.linear(hidden, *w.projection)
-        x = torch.stack([past, w.inputs[0][code0]], 1)
+        w, shape, n = self.weights, self.shape, len(code0)
+        codes = torch.zeros(hidden.shape[0], shape.codebooks, dtype=torch.int64, device=hidden.device)
+        codes[:n, 0] = code0
+        past = hidden if w.projection is None else reference.linear(hidden, *w.projection)
+        x = torch.stack([past, F.embedding(codes[:, 0], w.inputs[0])], 1)
         start = 0
         for g in range(1, shape.codebooks):
-            hidden_g = self._predictor_pass(x, start)
-            code = pick(F.linear(hidden_g, w.heads[g - 1]).float(), k, random[:, g])
-            codes[:, g] = code
-            summed = summed + w.embeddings[g][code]
+            logits = reference.linear(self._predictor_pass(x, start), w.heads[g - 1])
+            codes[:n, g] = pick(logits[:n].float(), k, random[:, g])
             start = g + 1
             if start < shape.codebooks:
-                x = w.inputs[g][code][:, None]
-        return codes, summed
+                x = F.embedding(codes[:, g : g + 1], w.inputs[g])
+        codes = codes[:n]
+        return codes, F.embedding(codes + self.first_entry, w.embeddings.flatten(0, 1)).sum(1)
 
     def _predictor_pass(self, x: Tensor, start: int) -> Tensor:
         """One pass over x [W,T,Hp] at positions start.. -> the last position's hidden state [W,Hp]."""
@@ -276,21 +285,20 @@ class TorchFrameStep(FrameStep):
 
         return reference.stack(x, self.weights.predictor, self.shape.predictor, cos, sin, attend)[:, -1]
 
-    def _sampling(self, sampling: tuple[Sampling, ...], width: int) -> tuple[Knobs, Knobs, Tensor]:
-        """Knobs of code 0 and of the others, and the repetition penalties, padded to `width` columns; remembered."""
+    def _sampling(self, sampling: tuple[Sampling, ...]) -> tuple[Knobs, Knobs, Tensor]:
+        """Knobs of code 0 and of the others, and the repetition penalties; remembered."""
         if sampling not in self._knobs:
             if len(self._knobs) > 256:
                 self._knobs.clear()
             device = self.pending.device
-            rows = [*sampling, *[Sampling(do_sample=False, predictor_do_sample=False)] * (width - len(sampling))]
-            first = [(s.do_sample, s.temperature, s.top_k, s.top_p) for s in rows]
+            first = [(s.do_sample, s.temperature, s.top_k, s.top_p) for s in sampling]
             rest = [
-                (s.predictor_do_sample, s.predictor_temperature, s.predictor_top_k, s.predictor_top_p) for s in rows
+                (s.predictor_do_sample, s.predictor_temperature, s.predictor_top_k, s.predictor_top_p) for s in sampling
             ]
             self._knobs[sampling] = (
                 knobs(first, self.shape.vocab, device),
                 knobs(rest, self.shape.codes, device),
-                torch.tensor([s.repetition_penalty for s in rows], dtype=torch.float32, device=device),
+                torch.tensor([s.repetition_penalty for s in sampling], dtype=torch.float32, device=device),
             )
         return self._knobs[sampling]
 
@@ -299,14 +307,13 @@ def _widths(weights: FrameWeights, columns: int) -> list[int]:
     """Row counts for the products of a step: 8, 16, 32 up to `columns`, or only the largest where bits would differ."""
     if columns == 1:
         return [1]
-    largest = next((w for w in (8, 16, 32) if w >= columns), columns)
-    widths = [w for w in (8, 16, 32) if w < largest] + [largest]
+    largest = next((w for w in WIDTHS if w >= columns), columns)
+    widths = [w for w in WIDTHS if w < largest] + [largest]
     layers = (weights.talker.layers[0], weights.predictor.layers[0])
     matrices = [m for w in layers for m in (w.qkv, w.o, w.gate_up, w.down)] + [weights.codec_head, weights.heads[0]]
     random = torch.Generator().manual_seed(0)
     for matrix in matrices:
-        x = torch.randn(largest, matrix.shape[1], generator=random).to(matrix)
-        whole = F.linear(x, matrix)
-        if any(not torch.equal(F.linear(x[:w], matrix), whole[:w]) for w in widths):
-            return [largest]
+        x = torch.randn(2 * largest, matrix.shape[1], generator=random).to(matrix.device, matrix.dtype)
+        whole = reference.linear(x, matrix)
+        widths = [w for w in widths if torch.equal(reference.linear(x[:w], matrix), whole[:w])]
     return widths

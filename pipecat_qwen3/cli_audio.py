@@ -1,13 +1,14 @@
 """PCM16 pieces in; a WAV file that is valid at every moment, or sound from the machine's own player, out."""
 
 import contextlib
+import io
 import os
 import queue
 import shutil
+import struct
 import subprocess
 import tempfile
 import threading
-import wave
 from pathlib import Path
 from typing import Protocol
 
@@ -61,14 +62,21 @@ class WavFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._wave: wave.Wave_write | None = None
+        self._file: io.FileIO | None = None
+        self._bytes = 0
         check_writable(path)
 
     def write(self, pcm: bytes) -> None:
         """Append samples."""
         file = self._opened()
         try:
-            file.writeframes(pcm)
+            rest = memoryview(pcm)
+            while rest:  # unbuffered: a write may take a part only
+                rest = rest[file.write(rest) :]
+            self._bytes += len(pcm)
+            file.seek(0)
+            file.write(wav_header(self._bytes))
+            file.seek(0, os.SEEK_END)
         except OSError as error:
             raise TTSError(f"cannot go on writing {self.path}: {error.strerror or error}") from None
 
@@ -78,18 +86,24 @@ class WavFile:
 
     def stop(self) -> None:
         """Finish the file with what it has; nothing may be written afterwards."""
-        if self._wave is not None:
-            self._wave.close()
+        if self._file is not None:
+            self._file.close()
 
-    def _opened(self) -> wave.Wave_write:
-        if self._wave is None:
+    def _opened(self) -> io.FileIO:
+        if self._file is None:
             try:
-                self._wave = wave.open(str(self.path), "wb")  # noqa: SIM115 - open until close() or stop()
-                self._wave.setparams((1, 2, SAMPLE_RATE, 0, "NONE", "not compressed"))
-                self._wave.writeframes(b"")
+                self._file = self.path.open("wb", buffering=0)
+                self._file.write(wav_header(0))
             except OSError as error:
                 raise BadRequestError(f"cannot write {self.path}: {error.strerror or error}") from None
-        return self._wave
+        return self._file
+
+
+def wav_header(size: int) -> bytes:
+    """The 44 bytes before `size` bytes of PCM16 mono at 24 kHz."""
+    layout = struct.pack("<HHIIHH", 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16)
+    riff = struct.pack("<4sI4s", b"RIFF", 36 + size, b"WAVE")
+    return riff + struct.pack("<4sI", b"fmt ", len(layout)) + layout + struct.pack("<4sI", b"data", size)
 
 
 class Player:

@@ -4,6 +4,7 @@ A Recorder stands between the Pipecat service and the backend; a Spoken is what 
 """
 
 import asyncio
+import math
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
@@ -97,14 +98,16 @@ class Recorder:
         return self.backend.ready
 
     def speak(self, request: Request) -> Stream:
-        """Speak the request's text in the way asked for on the command line."""
+        """Speak the request's text in the way asked for on the command line; after a failure nothing more is spoken."""
+        if self.failed:
+            raise self.failed
         text = request.text
         if self.request.layout == "streaming" and isinstance(text, str):
             text = _word_by_word(text)
         try:
             stream = self.backend.speak(replace(self.request, text=text))
         except TTSError as error:
-            self.refusal = self.refusal or error
+            self.refusal = error
             raise
         self.streams.append(stream)
         if self.interrupted:
@@ -122,6 +125,13 @@ class Recorder:
         """The first error of any utterance."""
         errors = (stream.result.error for stream in self.streams if stream.result is not None)
         return self.refusal or next((error for error in errors if error), None)
+
+    @property
+    def room(self) -> float:
+        """Samples that may be heard: after a failure those that were spoken, without the silence that marks it."""
+        if not self.failed:
+            return math.inf
+        return FRAME_SAMPLES * sum(stream.result.frames for stream in self.streams if stream.result is not None)
 
     async def results(self) -> list[Result]:
         """How each utterance ended; a cancelled one ends with the engine's next frame."""

@@ -53,7 +53,8 @@ class Listener(FrameProcessor):
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
         """Write audio, pass everything on."""
         await super().process_frame(frame, direction)
-        if isinstance(frame, TTSAudioRawFrame) and not self._recorder.interrupted and not self._recorder.failed:
+        heard = not self._recorder.interrupted and self.samples < self._recorder.room
+        if isinstance(frame, TTSAudioRawFrame) and heard:
             self._take(frame.audio)
         await self.push_frame(frame, direction)
 
@@ -105,12 +106,11 @@ async def speak(
         listener.began = listener.ended = time.perf_counter()
         await worker.queue_frames([*_frames(text), EndFrame()])
 
-    async def give_up(_worker: PipelineWorker, frame: ErrorFrame) -> None:
-        errors.append(frame)
-        await worker.cancel()
+    async def failed(_worker: PipelineWorker, frame: ErrorFrame) -> None:
+        errors.append(frame)  # what was spoken before it is still on its way; the recorder refuses all further text
 
     worker.add_event_handler("on_pipeline_started", begin)
-    worker.add_event_handler("on_pipeline_error", give_up)
+    worker.add_event_handler("on_pipeline_error", failed)
 
     stopping: list[asyncio.Task[None]] = []
 

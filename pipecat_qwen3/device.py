@@ -1,5 +1,7 @@
 """The device and number format to run on: what was asked for, or what is fastest here."""
 
+import warnings
+
 import torch
 
 from pipecat_qwen3.errors import BackendError
@@ -22,15 +24,33 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def cuda_missing() -> str | None:
-    """Why there is no CUDA device to run on, or None."""
+    """Why there is no CUDA device to run on, in one line, or None."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
-    if not torch.cuda.is_available():
-        return "torch finds no NVIDIA GPU, or its driver is too old for CUDA " + torch.version.cuda
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return f"{torch.cuda.get_device_name()} is sm_{major}{minor}; bf16 needs sm_80 (Ampere) or later"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = torch.cuda.is_available()
+    if not found:
+        reason = f" ({_line(told[-1].message)})" if told else ""
+        return f"torch finds no NVIDIA GPU, or its driver is too old for CUDA {torch.version.cuda}{reason}"
+    try:
+        major, minor = torch.cuda.get_device_capability()
+        name = torch.cuda.get_device_name()
+        if major < 8:
+            return f"{name} is sm_{major}{minor}; bf16 needs sm_80 (Ampere) or later"
+        _compute()
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:  # taken by others, full, or unknown to this torch
+        return f"the GPU cannot be used ({_line(error)})"
     return None
+
+
+def _compute() -> None:
+    """One kernel on the GPU, waited for."""
+    torch.ones(1, device="cuda").add_(1).item()
+
+
+def _line(error: object) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -44,6 +64,6 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 def cpu_has_bf16() -> bool:
     """True with AVX-512 bf16 or AMX instructions; without them bf16 products are emulated and slower than fp32."""
-    probe = getattr(torch.cpu, "get_capabilities", None)  # torch >= 2.11
+    probe = getattr(torch.cpu, "get_capabilities", None)  # missing in older versions of torch
     found = probe() if probe is not None else {}
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

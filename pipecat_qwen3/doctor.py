@@ -38,7 +38,7 @@ def examine(model: str, device: str, dtype: str, backend: str) -> dict[str, Any]
     }
     if libraries["torch"] is not None:
         try:
-            findings |= _torch(model, device, dtype, backend, problems)
+            findings |= _torch(model, device, dtype, backend, libraries, problems)
         except Exception as error:  # a broken installation fails in any way it likes
             problems.append(_line(error))
     return findings | {"problems": problems}
@@ -88,7 +88,9 @@ def driver() -> str | None:
     return next((word for word in words if word[0].isdigit() and "." in word), None)
 
 
-def _torch(model: str, device: str, dtype: str, backend: str, problems: list[str]) -> dict[str, Any]:
+def _torch(
+    model: str, device: str, dtype: str, backend: str, libraries: dict[str, str | None], problems: list[str]
+) -> dict[str, Any]:
     import torch
 
     from megakernel.frame_step import UnavailableError, pick_backend
@@ -98,6 +100,7 @@ def _torch(model: str, device: str, dtype: str, backend: str, problems: list[str
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of an old driver; cuda_missing() says so in one line
         missing = cuda_missing()
+    libraries["torch"] = torch.__version__  # pip's version lacks the build: +cpu, +cu130
     findings: dict[str, Any] = {
         "cpu_bf16": cpu_has_bf16(),
         "cuda": {

@@ -28,7 +28,7 @@ OFFICIAL = (
 _CONFIGS = ("config.json", "generation_config.json", "speech_tokenizer/config.json")
 _TOKENIZER = ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json", "preprocessor_config.json")
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "speech_tokenizer/*")
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
 
 
@@ -116,7 +116,7 @@ def _explain(name: str, error: Exception) -> DownloadError:
         why, do = "has no such revision on Hugging Face", "check what follows the @"
     elif status in (401, 403):
         why, do = f"is refused by Hugging Face ({status})", "renew HF_TOKEN, or unset it"
-    elif isinstance(cause, OSError) and cause.errno in _DISK:
+    elif isinstance(cause, OSError) and (cause.errno in _DISK or cause.filename):
         why = f"cannot be stored in {constants.HF_HUB_CACHE} ({cause.strerror})"
         do = "make room or give access there, or set HF_HOME to a folder on another disk"
     else:

@@ -71,6 +71,10 @@ _SPACELESS = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
 """Han, Hiragana, Katakana: scripts that put no spaces between words."""
 
 _SLOW_LOAD_S = 10.0
+"""Half of what a pipeline grants its processors to set up."""
+
+_PATIENCE_S = 30.0
+"""An engine that gives nothing for so long is reported; uninterruptible speech would wait for it for ever."""
 
 
 @dataclass
@@ -80,7 +84,7 @@ class Qwen3TTSSettings(TTSSettings):
     None means: what the checkpoint's own files say.
 
     Parameters:
-        model: Named for metrics. Changing it at runtime has no effect: make a new service.
+        model: What to load when the service is made; a change at runtime is refused with a warning.
         voice: A speaker of the checkpoint.
         language: A Pipecat `Language`, the model's own name for one ("german"), or "auto".
         instruct: How to speak, in words; refused by checkpoints that take no instructions.
@@ -162,7 +166,7 @@ class Qwen3TTSService(TTSService):
         """
         _check_options(type(self), kwargs)
         store = self.Settings(
-            model=model if backend is None else backend.model,
+            model=model,
             voice=None,
             language=None,
             instruct=None,
@@ -175,6 +179,8 @@ class Qwen3TTSService(TTSService):
         )
         if settings is not None:
             store.apply_update(settings)
+        if backend is not None:
+            store.model = backend.model
         store.language = _as_pipecat_language(store.language)
         super().__init__(
             push_start_frame=True,
@@ -191,7 +197,7 @@ class Qwen3TTSService(TTSService):
         self._skip_silence = skip_silence
         self._playbacks: dict[str, _Playback] = {}
         self._backend = backend
-        self._loading = _load_shared(model, device, dtype) if backend is None else None
+        self._loading = _load_shared(str(store.model), device, dtype) if backend is None else None
 
     def can_generate_metrics(self) -> bool:
         """Report TTFB, TTFA, processing time and characters."""
@@ -342,12 +348,14 @@ class Qwen3TTSService(TTSService):
         Tells the base now and then that the context is in use; it would close one that is silent for
         `stop_frame_timeout_s`, and a slow machine may be.
         """
-        while True:
+        begun = monotonic()
+        while monotonic() - begun < _PATIENCE_S:
             try:
                 async with asyncio.timeout(self._stop_frame_timeout_s / 3):
                     return await anext(stream, None)
             except TimeoutError:
                 self._refresh_audio_context(context_id)
+        raise EngineError(f"the engine has given nothing for {_PATIENCE_S:.0f} s")
 
     async def _silence(self, playback: "_Playback", context_id: str) -> TTSAudioRawFrame:
         """Twenty milliseconds of zeros, so that a turn without speech is still a turn with audio."""
@@ -432,7 +440,7 @@ class _Resampler:
 def _load_shared(model: str, device: str, dtype: str) -> Future[Backend]:
     """Load or find the process's engine in a thread, so that neither the event loop nor the exit waits for it."""
     loading: Future[Backend] = Future()
-    loading.set_running_or_notify_cancel()  # from here on a cancelled setup() cannot cancel the load of the others
+    loading.set_running_or_notify_cancel()  # so that a pipeline that gives up cannot cancel it under the thread
 
     def load() -> None:
         try:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,6 +38,7 @@ class FakeHub:
     broken: set[str] = field(default_factory=set)
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
     commit: str = "c0ffee" + "0" * 34
+    _port: int = 0
 
     def __enter__(self) -> Self:
         hub = self
@@ -44,8 +46,8 @@ class FakeHub:
         class Handler(_Handler):
             fake = hub
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), Handler)
+        self._port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
         return self
@@ -55,9 +57,24 @@ class FakeHub:
         self._server.server_close()
         self._thread.join()
 
-    def downloads(self) -> list[str]:
-        """Files that were asked for, in order."""
-        return [path.split("/", 5)[5] for method, path, _ in self.asked if method == "GET" and "/resolve/" in path]
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self._port}"
+
+    @contextmanager
+    def down(self) -> Iterator[None]:
+        """Refuse connections meanwhile."""
+        self.__exit__()
+        yield
+        self.__enter__()
+
+    def downloads(self, repository: str) -> list[str]:
+        """Files that were sent, or begun to be, in order."""
+        start = f"/{repository}/resolve/{self.commit}/"
+        return [
+            path.removeprefix(start) for method, path, _ in self.asked if method == "GET" and path.startswith(start)
+        ]
 
 
 class _Handler(BaseHTTPRequestHandler):

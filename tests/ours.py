@@ -50,7 +50,9 @@ class Ours:
 
     @torch.inference_mode()
     def logits(self, request: Request, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Teacher-forced logits of the decode loop along `codes` [F, C]: fp32 [F, V] for code 0, [F, C-1, K] for the others.
+        """Teacher-forced logits of the decode loop along `codes` [F, C].
+
+        returns fp32 [F, V] for code 0 and fp32 [F, C-1, K] for the others
 
         The engine must be idle: its row 0 is used, and what the sampler would pick is replaced.
         """

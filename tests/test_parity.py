@@ -68,7 +68,8 @@ def test_the_prompt_is_the_official_one(case: dict[str, Any], side: Side, golden
     for ours, name in ((prompt, "prompt"), (trailing, "trailing")):
         official = torch.from_numpy(golden[f"{case['name']}/0/{name}"])
         assert ours.shape == official.shape
-        torch.testing.assert_close(ours, official, rtol=0, atol=1e-5)
+        # The embedded voice's embeddings reach 58, where fp32 goes in steps of 4e-6.
+        torch.testing.assert_close(ours, official, rtol=1e-6, atol=1e-5)
 
 
 @named(SPOKEN)

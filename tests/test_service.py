@@ -180,6 +180,13 @@ async def live(*processors: FrameProcessor) -> AsyncIterator[tuple[PipelineWorke
             await running
 
 
+async def spoken_to(backend: FakeBackend) -> None:
+    """Wait until a backend has been asked to speak."""
+    async with asyncio.timeout(20):
+        while not backend.streams:  # noqa: ASYNC110 - the backend knows no event of this loop
+            await asyncio.sleep(0)
+
+
 def count(kind: type[Frame], at_least: int = 1) -> Callable[[list[Frame]], bool]:
     return lambda frames: sum(isinstance(frame, kind) for frame in frames) >= at_least
 
@@ -464,11 +471,12 @@ async def test_uninterruptible_speech_is_spoken_to_its_end(backend):
 
 async def test_an_interruption_reaches_speech_that_only_the_end_of_the_call_flushed(backend):
     backend.pace = math.inf
-    async with live(Qwen3TTSService(backend=backend)) as (worker, recorder):
+    service = Qwen3TTSService(backend=backend)
+    async with live(service) as (worker, recorder):
         await worker.queue_frames([LLMFullResponseStartFrame(), LLMTextFrame("So long, and thanks.")])
         await worker.queue_frame(EndFrame())  # speaks the rest, and is no frame that an interruption may cancel
-        await recorder.until(count(TTSStartedFrame))
-        await worker.queue_frame(InterruptionFrame())
+        await spoken_to(backend)
+        await service.queue_frame(InterruptionFrame())
         await recorder.until(count(EndFrame))
     assert [request.text for request in backend.cancelled] == ["So long, and thanks."]
 
@@ -478,8 +486,7 @@ async def test_every_teardown_ends_the_speech_and_can_be_repeated(backend, hook)
     backend.pace = math.inf
     service = Qwen3TTSService(backend=backend)
     speech = asyncio.create_task(anext(service.run_tts("Hello there.", "context"), None))
-    while not backend.streams:
-        await asyncio.sleep(0)
+    await spoken_to(backend)
     teardown = {
         "stop": lambda: service.stop(EndFrame()),
         "cancel": lambda: service.cancel(CancelFrame()),
@@ -573,6 +580,17 @@ async def test_a_dead_engine_is_permanent_and_later_turns_end_at_once(backend):
     assert not service.is_usable
     assert len(backend.requests) == 1
     assert sum(isinstance(frame, TTSStoppedFrame) for frame in down) == 2
+
+
+async def test_an_engine_that_never_answers_is_given_up(backend, monkeypatch):
+    monkeypatch.setattr(service_module, "_PATIENCE_S", 0.1)
+    backend.pace = math.inf
+    down, errors = await speak(
+        Qwen3TTSService(backend=backend, stop_frame_timeout_s=0.1), uninterruptible("Hello there.")
+    )
+    assert [error.category for error in errors] == [ErrorCategory.SERVER]
+    assert len(backend.cancelled) == 1
+    assert count(TTSStoppedFrame)(down)
 
 
 async def test_a_permanent_error_lets_a_switcher_fail_over(backend):
@@ -706,8 +724,11 @@ def loads(monkeypatch, backend) -> list[tuple]:
     return calls
 
 
-async def test_the_shared_engine_is_loaded_off_the_loop(backend, loads):
-    down, errors = await speak(Qwen3TTSService(model="some/model", dtype="fp32"), *turn("Hello there."))
+@pytest.mark.parametrize(
+    "options", [{"model": "some/model"}, {"settings": Qwen3TTSSettings(model="some/model")}], ids=["option", "setting"]
+)
+async def test_the_shared_engine_is_loaded_off_the_loop(backend, loads, options):
+    down, errors = await speak(Qwen3TTSService(dtype="fp32", **options), *turn("Hello there."))
     assert loads == [("some/model", "auto", "fp32", False)]
     assert np.array_equal(samples(down), backend.speech("Hello there."))
     assert not errors
@@ -746,19 +767,42 @@ async def test_without_an_engine_new_settings_change_nothing(backend, loads):
     assert not service.is_usable
 
 
-async def test_a_slow_load_says_what_to_do(backend, loads, log, monkeypatch):
-    monkeypatch.setattr(service_module, "_SLOW_LOAD_S", 0.0)
+@pytest.fixture
+def gate(loads, backend, monkeypatch) -> threading.Event:
+    """Loading ends when this is set."""
     gate = threading.Event()
-    monkeypatch.setattr(
-        sys.modules["pipecat_qwen3.local"],
-        "LocalBackend",
-        types.SimpleNamespace(shared=lambda model, device, dtype: gate.wait(10) and backend),
-    )
+
+    def shared(model: str, *, device: str, dtype: str) -> FakeBackend:
+        gate.wait(20)
+        return backend
+
+    monkeypatch.setattr(sys.modules["pipecat_qwen3.local"], "LocalBackend", types.SimpleNamespace(shared=shared))
+    return gate
+
+
+async def test_a_slow_load_says_what_to_do(gate, log, monkeypatch):
+    monkeypatch.setattr(service_module, "_SLOW_LOAD_S", 0.0)
     service = Qwen3TTSService()
     asyncio.get_running_loop().call_later(0.1, gate.set)
     down, _ = await speak(service, *turn("Hello."))
     assert any("LocalBackend.open()" in line for line in log)
     assert samples(down).size
+
+
+async def test_a_pipeline_that_gives_up_leaves_the_load_alone(gate, monkeypatch):
+    monkeypatch.setattr(service_module, "_SLOW_LOAD_S", 0.0)
+    service = Qwen3TTSService()
+    worker = PipelineWorker(Pipeline([service]), setup_timeout_secs=0.1, enable_rtvi=False)
+    runner = WorkerRunner()
+    await runner.add_workers(worker)
+    async with asyncio.timeout(20):
+        await runner.run()
+    gate.set()
+    for thread in threading.enumerate():
+        if thread.name == "pipecat-qwen3-load":
+            await asyncio.to_thread(thread.join, 20)
+    assert service._loading
+    assert await asyncio.wrap_future(service._loading)
 
 
 async def test_text_reaches_the_client_before_it_is_spoken(backend):

@@ -7,7 +7,7 @@ from the synthesiser itself, so it is exact: each segment's end time and the tex
 import ctypes
 from ctypes import POINTER, c_char_p, c_float, c_int, c_short, c_void_p
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
 
 
 @cache
-def _function(name: str, result: type | None, *arguments: type) -> "ctypes._CFuncPtr":
+def _function(name: str, result: type | None, *arguments: type) -> Any:
     function = _libraries()[0][name]
     function.restype, function.argtypes = result, list(arguments)
     return function

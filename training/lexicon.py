@@ -59,7 +59,7 @@ def text_embeddings(tokenizer: "PreTrainedTokenizerBase", rows: int, width: int,
 
     table = torch.randn(rows, width, generator=generator) * 0.7
     for index in range(min(rows, len(tokenizer))):
-        token = tokenizer.decode([index])
+        token = str(tokenizer.decode([index]))
         if index in tokenizer.all_special_ids or token.startswith("<|"):
             continue
         parts = [weight * direction(feature) for feature, weight in features(token).items()]

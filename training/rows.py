@@ -85,8 +85,9 @@ def read_utterances(paths: Sequence[Path], tokenizer: "PreTrainedTokenizerBase")
         shard = torch.load(path, weights_only=True, mmap=True)
         lengths = shard["frames"].tolist()
         columns = [torch.split(shard[name].clone(), lengths) for name in ("codes", "phones", "words")]
-        for text, voice, *parts in zip(shard["texts"], shard["voices"].tolist(), *columns, strict=True):
-            utterances.append(Utterance(*tokens_and_words(tokenizer, text), *parts, voice))
+        for text, voice, codes, phones, words in zip(shard["texts"], shard["voices"].tolist(), *columns, strict=True):
+            ids, token_words = tokens_and_words(tokenizer, text)
+            utterances.append(Utterance(ids, token_words, codes, phones, words, voice))
     return utterances
 
 

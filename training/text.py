@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 
-from wordfreq import top_n_list
+from wordfreq import top_n_list  # type: ignore[import-not-found]
 
 HERE = Path(__file__).parent
 WORDNET = Path("/usr/share/wordnet")

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from pipecat_qwen3.checkpoint import Checkpoint
 from training.codebooks import Codebooks
 from training.data import HELD_OUT
-from training.rows import Choice, Utterance, collate, plan, read_utterances
+from training.rows import Batch, Choice, Utterance, collate, plan, read_utterances
 from training.talker_loss import AuxiliaryHeads, TalkerLoss, total
 from training.text import held_out
 
@@ -79,9 +79,9 @@ class Trainer:
         torch.save(state, self.path.with_suffix(".part"))
         self.path.with_suffix(".part").rename(self.path)
 
-    def learn(self, choices: list[Choice] | Any) -> dict[str, Tensor]:
-        """One step on one batch."""
-        options, batch = self.options, choices.to(self.device)
+    def learn(self, batch: Batch) -> dict[str, Tensor]:
+        """One step on one batch: its losses."""
+        options, batch = self.options, batch.to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * rate(self.step, options.steps, options.warm, options.hold)
         guided = options.guided * max(0.0, 1 - self.step / options.steps / options.guided_until)

@@ -30,7 +30,7 @@ WITH_WAV = ("unprojected whole sampled", "embedded whole greedy")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Make the goldens from the official package.")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of goldens.npz and goldens.json")
     parser.add_argument("--seed", type=int, default=GOLDEN_SEED, help="of checkpoints and voices")
     parser.add_argument(

@@ -16,7 +16,7 @@ from tests.golden.official import Official
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Logits of the official package at the 0.6B size.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--frames", type=int, required=True)

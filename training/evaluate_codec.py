@@ -1,0 +1,94 @@
+"""A checkpoint and the held-out recordings in, what the codec loses out: recording -> codes -> decoder -> wave.
+
+    python -m training.evaluate_codec CHECKPOINT DATA --out FOLDER
+    python -m bench.asr_loop --recordings FOLDER        # the recogniser's error on the waves written there
+
+Only here do samples of two waves belong to each other, so only here are they compared: log-mel distance, STOI, PESQ
+(wide band) and SI-SDR (printed only: a codec without phase cannot keep it). Needs the packages `pystoi` and `pesq`.
+"""
+
+import argparse
+import json
+import wave
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import soxr
+import torch
+
+from pipecat_qwen3.checkpoint import Checkpoint
+from training.codec_loss import RATE as CODEC_RATE
+from training.data import HELD_OUT, VOICES, read_shard
+from training.features import FRAME, log_mel
+from training.flite import RATE
+
+
+def write_wav(path: Path, samples: np.ndarray) -> None:
+    """Write float samples [n] at 24 kHz as 16-bit mono."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(CODEC_RATE)
+        file.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
+
+
+def si_sdr(made: np.ndarray, wanted: np.ndarray) -> float:
+    """Scale-invariant signal-to-distortion ratio in dB (arXiv:1811.02508)."""
+    scaled = wanted * (made @ wanted) / (wanted @ wanted)
+    return float(10 * np.log10((scaled @ scaled) / ((made - scaled) @ (made - scaled))))
+
+
+def compare(made: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
+    """Figures of one utterance, both waves at 16 kHz; the mel distance is over the louder 60 % of the 10 ms spectra."""
+    from pesq import NoUtterancesError, pesq  # type: ignore[import-not-found]
+    from pystoi import stoi  # type: ignore[import-not-found]
+
+    ours, theirs = (log_mel(torch.from_numpy(x.astype(np.float32))) for x in (made, wanted))
+    level = theirs.mean(1)
+    loud = level > level.quantile(0.4)
+    figures = {
+        "mel distance, neper": float((ours - theirs)[loud].abs().mean()),
+        "STOI": float(stoi(wanted, made, RATE)),
+        "SI-SDR, dB": si_sdr(made, wanted),
+    }
+    with suppress(NoUtterancesError):  # PESQ finds no speech in the shortest ones
+        figures["PESQ"] = float(pesq(RATE, wanted, made, "wb"))
+    return figures
+
+
+def main() -> None:
+    """Resynthesise every held-out recording, write the waves, print the means of each voice."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("checkpoint")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sentences", type=int, help="only the first of each voice")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    decoder, shard = Checkpoint.open(options.checkpoint).load_codec(), read_shard(options.data / HELD_OUT)
+    lengths = shard["frames"].tolist()
+    waves, codes = shard["wave"].split([n * FRAME for n in lengths]), shard["codes"].split(lengths)
+    found: dict[str, list[dict[str, float]]] = {voice: [] for voice in VOICES}
+    sentences = len(lengths) // len(VOICES)
+    for number, (samples, code) in enumerate(zip(waves, codes, strict=True)):
+        voice, index = VOICES[number // sentences], number % sentences
+        if options.sentences is not None and index >= options.sentences:
+            continue
+        with torch.inference_mode():
+            made = decoder(code.T[None].long())[0].numpy()
+        write_wav(options.out / voice / f"{index:03d}.wav", made)
+        wanted = samples.numpy() / 32768
+        found[voice].append(compare(soxr.resample(made, CODEC_RATE, RATE)[: len(wanted)].astype(float), wanted))
+    names = ("mel distance, neper", "STOI", "PESQ", "SI-SDR, dB")
+    means = {
+        voice: {n: round(float(np.mean([row[n] for row in rows if n in row])), 3) for n in names}
+        for voice, rows in found.items()
+    }
+    print(json.dumps(means, indent=1))
+    (options.out / "figures.json").write_text(json.dumps(means, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
