@@ -48,7 +48,7 @@ class Ceiling:
         """Takes some seconds."""
         w = model.weights
         again = _bytes(*_matrices(w.predictor))
-        fresh = again + _bytes(*_matrices(w.talker), w.codec_head, w.heads, *_codec_tensors(model))
+        fresh = again + _bytes(*_matrices(w.talker), w.codec_head, *w.heads, *_codec_tensors(model))
         return cls(
             copy_gbs=copy_gbs(device),
             fresh_bytes=fresh,
@@ -82,9 +82,9 @@ def works(model: Model, batch: int, position: int) -> dict[str, Work]:
         dtype=dtype,
     )
     predictor_work = Work(
-        fresh=_bytes(*predictor, w.heads),
+        fresh=_bytes(*predictor, *w.heads),
         again=(passes - 1) * _bytes(*predictor),
-        flops=batch * ((passes + 1) * _flops(*predictor) + _flops(w.heads)),
+        flops=batch * ((passes + 1) * _flops(*predictor) + _flops(*w.heads)),
         dtype=dtype,
     )
     return {

@@ -24,6 +24,7 @@ DRAWN = 64
 """Frames whose random numbers are drawn at once."""
 
 WIDTHS = (2, 4, 8, 16, 32)
+"""Row counts of the products of a step."""
 
 BACKENDS = ("auto", "persistent", "graph", "torch")
 
@@ -102,9 +103,9 @@ class _Row:
 class TorchFrameStep(FrameStep):
     """The frame in plain torch, on any device.
 
-    Products run over 8, 16 or 32 rows, whichever holds the named voices (one row if only one voice fits at all):
-    torch's CPU products give the same bits for a row at these counts, and other bits for fewer rows. Attention reads
-    each voice's own length, since another length gives other bits too. So a voice's codes do not depend on its company.
+    Products run over the least of WIDTHS that holds the named voices (one row if only one voice fits at all), of those
+    at which this machine's products were seen to give a row the same bits. Attention reads each voice's own length,
+    since another length gives other bits too. So a voice's codes do not depend on its company.
     """
 
     def __init__(self, weights: FrameWeights, shape: Shape, rows: int, columns: int, positions: int) -> None:
@@ -217,7 +218,7 @@ class TorchFrameStep(FrameStep):
         return codes
 
     def _uniforms(self, rows: Sequence[int], live: list[_Row], index: Tensor) -> Tensor:
-        """This frame's random numbers, [n, C]; drawn for many frames at once, since it takes a hundred small operations."""
+        """This frame's random numbers [n, C], drawn for many frames at once: that takes a hundred small operations."""
         device = index.device
         for row, state in zip(rows, live, strict=True):
             if state.frame % DRAWN == 0:
@@ -304,16 +305,23 @@ class TorchFrameStep(FrameStep):
 
 
 def _widths(weights: FrameWeights, columns: int) -> list[int]:
-    """Row counts for the products of a step: 8, 16, 32 up to `columns`, or only the largest where bits would differ."""
+    """Row counts for the products of a step: those of WIDTHS that give a row the same bits as the largest needed."""
     if columns == 1:
         return [1]
     largest = next((w for w in WIDTHS if w >= columns), columns)
-    widths = [w for w in WIDTHS if w < largest] + [largest]
     layers = (weights.talker.layers[0], weights.predictor.layers[0])
     matrices = [m for w in layers for m in (w.qkv, w.o, w.gate_up, w.down)] + [weights.codec_head, weights.heads[0]]
+    if weights.projection is not None:
+        matrices.append(weights.projection[0])
     random = torch.Generator().manual_seed(0)
+    widths = [w for w in WIDTHS if w < largest]
     for matrix in matrices:
         x = torch.randn(2 * largest, matrix.shape[1], generator=random).to(matrix.device, matrix.dtype)
-        whole = reference.linear(x, matrix)
-        widths = [w for w in widths if torch.equal(reference.linear(x[:w], matrix), whole[:w])]
-    return widths
+        one, two = reference.linear(x[:largest], matrix), reference.linear(x, matrix)  # two: the predictor's first pass
+        widths = [
+            w
+            for w in widths
+            if torch.equal(reference.linear(x[:w], matrix), one[:w])
+            and torch.equal(reference.linear(x[: 2 * w], matrix), two[: 2 * w])
+        ]
+    return [*widths, largest]

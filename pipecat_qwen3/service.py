@@ -5,17 +5,13 @@ Knows a Backend and nothing of what is behind it: no torch, no talker, no socket
 
 import asyncio
 import inspect
-import re
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from threading import Thread
 from time import monotonic
 from typing import Any
 
-import numpy as np
 from loguru import logger
-from pipecat.audio.utils import create_stream_resampler
 from pipecat.frames.frames import CancelFrame, EndFrame, Frame, TTSAudioRawFrame
 from pipecat.processors.frame_processor import FrameProcessorSetup
 from pipecat.services.settings import TTSSettings
@@ -23,100 +19,24 @@ from pipecat.services.tts_service import TextAggregationMode, TTSService
 from pipecat.transcriptions.language import Language
 from pipecat.utils.errors import ErrorCategory
 from pipecat.utils.tracing.service_decorators import traced_tts
-from pipecat.utils.types import NOT_GIVEN, NotGiven, assert_given
+from pipecat.utils.types import assert_given
 
-from pipecat_qwen3.backend import FRAME_SAMPLES, SAMPLE_RATE, Backend, Chunk, Layout, Request, Result, Stream
+from pipecat_qwen3.backend import FRAME_SAMPLES, SAMPLE_RATE, Backend, Chunk, Request, Result, Stream
 from pipecat_qwen3.errors import (
-    BackendError,
     BadRequestError,
-    CheckpointError,
-    DownloadError,
     EngineError,
-    OverloadedError,
-    TextTimeoutError,
     TTSError,
     UnknownNameError,
     choices,
 )
-
-_LANGUAGES: dict[str, str] = {
-    Language.ZH: "chinese",
-    Language.EN: "english",
-    Language.FR: "french",
-    Language.DE: "german",
-    Language.IT: "italian",
-    Language.JA: "japanese",
-    Language.KO: "korean",
-    Language.PT: "portuguese",
-    Language.RU: "russian",
-    Language.ES: "spanish",
-}
-"""Pipecat's codes for the names the checkpoints use; a regional code speaks its base language."""
-
-_BY_NAME = {name: language for language, name in _LANGUAGES.items()}
-
-_CATEGORIES: tuple[tuple[type[TTSError], ErrorCategory], ...] = (
-    (UnknownNameError, ErrorCategory.INVALID_REQUEST),
-    (BadRequestError, ErrorCategory.APPLICATION),
-    (TextTimeoutError, ErrorCategory.APPLICATION),
-    (OverloadedError, ErrorCategory.RATE_LIMIT),
-    (DownloadError, ErrorCategory.CONNECTIVITY),
-    (CheckpointError, ErrorCategory.INVALID_REQUEST),
-    (BackendError, ErrorCategory.INVALID_REQUEST),
-    (TTSError, ErrorCategory.SERVER),
-)
-"""What each error means to Pipecat, the special before the general. INVALID_REQUEST holds until a setting changes."""
-
-_SPACELESS = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
-"""Han, Hiragana, Katakana: scripts that put no spaces between words."""
+from pipecat_qwen3.playback import Playback, Resampler, is_spaceless
+from pipecat_qwen3.service_settings import CATEGORIES, LANGUAGES, SPOKEN_SETTINGS, Qwen3TTSSettings, as_pipecat_language
 
 _SLOW_LOAD_S = 10.0
 """Half of what a pipeline grants its processors to set up."""
 
 _PATIENCE_S = 30.0
 """An engine that gives nothing for so long is reported; uninterruptible speech would wait for it for ever."""
-
-
-@dataclass
-class Qwen3TTSSettings(TTSSettings):
-    """What may change while the bot talks; a change acts from the next sentence on.
-
-    None means: what the checkpoint's own files say.
-
-    Parameters:
-        model: What to load when the service is made; a change at runtime is refused with a warning.
-        voice: A speaker of the checkpoint.
-        language: A Pipecat `Language`, the model's own name for one ("german"), or "auto".
-        instruct: How to speak, in words; refused by checkpoints that take no instructions.
-        seed: Seed of every utterance's own random stream; None draws one for each.
-        temperature: Sampling temperature of the first codebook.
-        top_k: Keep so many most likely codes.
-        top_p: Keep the most likely codes up to this probability mass.
-        repetition_penalty: Divides the logits of codes already spoken.
-        layout: "whole" reads a sentence before it speaks, "streaming" takes one text token a frame.
-    """
-
-    instruct: str | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
-    seed: int | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
-    temperature: float | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
-    top_k: int | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
-    top_p: float | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
-    repetition_penalty: float | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
-    layout: Layout | NotGiven | None = field(default_factory=lambda: NOT_GIVEN)
-
-
-_SPOKEN_SETTINGS = (
-    "voice",
-    "language",
-    "instruct",
-    "seed",
-    "temperature",
-    "top_k",
-    "top_p",
-    "repetition_penalty",
-    "layout",
-)
-"""The settings that go into a Request under the same name."""
 
 
 class Qwen3TTSService(TTSService):
@@ -181,7 +101,7 @@ class Qwen3TTSService(TTSService):
             store.apply_update(settings)
         if backend is not None:
             store.model = backend.model
-        store.language = _as_pipecat_language(store.language)
+        store.language = as_pipecat_language(store.language)
         super().__init__(
             push_start_frame=True,
             push_stop_frames=True,
@@ -195,7 +115,7 @@ class Qwen3TTSService(TTSService):
                 "text_aggregation_mode should be SENTENCE, but is TOKEN, which this service cannot do: leave it out"
             )
         self._skip_silence = skip_silence
-        self._playbacks: dict[str, _Playback] = {}
+        self._playbacks: dict[str, Playback] = {}
         self._backend = backend
         self._loading = _load_shared(str(store.model), device, dtype) if backend is None else None
 
@@ -208,7 +128,7 @@ class Qwen3TTSService(TTSService):
 
         Chinese dialects belong to speakers, not to languages: zh-CN-sichuan is "chinese".
         """
-        return _LANGUAGES.get(language.split("-")[0])
+        return LANGUAGES.get(language.split("-")[0])
 
     # -- life ------------------------------------------------------------------------------------------------
 
@@ -274,12 +194,12 @@ class Qwen3TTSService(TTSService):
 
     async def _update_settings(self, delta: TTSSettings) -> dict[str, Any]:
         """Apply a change; the next sentence is spoken with it."""
-        delta.language = _as_pipecat_language(delta.language)
+        delta.language = as_pipecat_language(delta.language)
         changed = await super()._update_settings(delta)
         if "model" in changed:
             self._settings.model = changed["model"]
             self._sync_model_name_to_metrics()
-        self._warn_unhandled_updated_settings(changed.keys() - set(_SPOKEN_SETTINGS))
+        self._warn_unhandled_updated_settings(changed.keys() - set(SPOKEN_SETTINGS))
         return changed
 
     # -- speech ----------------------------------------------------------------------------------------------
@@ -296,7 +216,7 @@ class Qwen3TTSService(TTSService):
         Yields:
             TTSAudioRawFrame: PCM16 mono at the service's sample rate. Errors are pushed, not yielded.
         """
-        playback = self._playbacks.setdefault(context_id, _Playback())
+        playback = self._playbacks.setdefault(context_id, Playback())
         if not any(character.isalnum() for character in text):
             yield await self._silence(playback, context_id)
             await self.add_word_timestamps([(text.strip(), playback.end)], context_id)
@@ -304,8 +224,8 @@ class Qwen3TTSService(TTSService):
         late_start = playback.began is not None and not playback.spoken
         if late_start:  # the turn began with silence, which is no first byte: measure this sentence instead
             await self.start_ttfb_metrics()
-        spaceless = _is_spaceless(text)
-        resample = _Resampler(self.sample_rate)
+        spaceless = is_spaceless(text)
+        resample = Resampler(self.sample_rate)
         stream = None
         try:
             stream = self._speak(text, first=not playback.spoken)
@@ -339,7 +259,7 @@ class Qwen3TTSService(TTSService):
     def _speak(self, text: str, first: bool) -> Stream:
         if self._backend is None:
             raise EngineError("no engine was loaded; the error at the start says why")
-        chosen = {name: assert_given(getattr(self._settings, name)) for name in _SPOKEN_SETTINGS}
+        chosen = {name: assert_given(getattr(self._settings, name)) for name in SPOKEN_SETTINGS}
         return self._backend.speak(Request(text, skip_silence=self._skip_silence and first, **chosen))
 
     async def _next_chunk(self, stream: Stream, context_id: str) -> Chunk | None:
@@ -357,13 +277,13 @@ class Qwen3TTSService(TTSService):
                 self._refresh_audio_context(context_id)
         raise EngineError(f"the engine has given nothing for {_PATIENCE_S:.0f} s")
 
-    async def _silence(self, playback: "_Playback", context_id: str) -> TTSAudioRawFrame:
+    async def _silence(self, playback: "Playback", context_id: str) -> TTSAudioRawFrame:
         """Twenty milliseconds of zeros, so that a turn without speech is still a turn with audio."""
         await self._abandon_ttfb(playback)
         playback.place(SAMPLE_RATE // 50)
         return TTSAudioRawFrame(bytes(self.sample_rate // 50 * 2), self.sample_rate, 1, context_id=context_id)
 
-    async def _abandon_ttfb(self, playback: "_Playback") -> None:
+    async def _abandon_ttfb(self, playback: "Playback") -> None:
         """Report no TTFB for a context that has no first byte; the framework would report the wait for the end."""
         if not playback.spoken:
             await self.cancel_ttfb_metrics()
@@ -378,63 +298,7 @@ class Qwen3TTSService(TTSService):
             logger.warning(f"{self}: {reasons[result.end]} (after {seconds:.1f} s, seed {result.seed}): [{text}]")
 
     def _classify_error(self, exception: Exception) -> ErrorCategory | None:
-        return next((category for kind, category in _CATEGORIES if isinstance(exception, kind)), None)
-
-
-@dataclass
-class _Playback:
-    """Where the audio of one context will be heard: the clock of its words.
-
-    Seconds count from the context's first sample. Speech that arrives after everything before it has been heard
-    is heard late, so the clock follows the wall where the audio runs dry.
-
-    streams  utterances being spoken
-    began    monotonic() when the first sample was handed over
-    end      seconds at which all that was handed over will have been heard
-    spoken   whether any of it was speech
-    """
-
-    streams: set[Stream] = field(default_factory=set)
-    began: float | None = None
-    end: float = 0.0
-    spoken: bool = False
-
-    def place(self, samples: int) -> float:
-        """Append so many 24 kHz samples; returns the second at which the first of them will be heard."""
-        if not samples:
-            return self.end
-        now = monotonic()
-        if self.began is None:
-            self.began = now
-        start = max(self.end, now - self.began)
-        self.end = start + samples / SAMPLE_RATE
-        return start
-
-    def words_of(self, chunk: Chunk) -> list[tuple[str, float]]:
-        """Append a chunk; returns its words with their seconds in the context. The last chunk may be words alone."""
-        utterance = self.place(len(chunk.pcm)) - chunk.first_sample / SAMPLE_RATE
-        return [(word, max(0.0, utterance + seconds)) for word, seconds in chunk.words]
-
-
-class _Resampler:
-    """24 kHz int16 samples in, PCM bytes at another rate out; one per utterance, so that none hears another's tail.
-
-    Quality HQ: above what 16 bits can hold, and it gives 61 ms of a first chunk of 80 ms; VHQ gives nothing at 8 kHz.
-    """
-
-    def __init__(self, rate: int) -> None:
-        self._rate = rate
-        self._stream = create_stream_resampler(quality="HQ", clear_after_secs=None) if rate != SAMPLE_RATE else None
-
-    async def __call__(self, pcm: np.ndarray) -> bytes:
-        """Take int16 [samples], give what the filter lets go of; may be empty."""
-        if self._stream is None or not len(pcm):
-            return pcm.tobytes()
-        return await self._stream.resample(pcm.tobytes(), SAMPLE_RATE, self._rate)
-
-    async def flush(self) -> bytes:
-        """The samples still held in the filter."""
-        return await self._stream.flush() if self._stream else b""
+        return next((category for kind, category in CATEGORIES if isinstance(exception, kind)), None)
 
 
 def _load_shared(model: str, device: str, dtype: str) -> Future[Backend]:
@@ -461,16 +325,6 @@ def _check_options(service: type, options: Mapping[str, Any]) -> None:
     if not unknown:
         return
     hint = ""
-    if set(unknown) <= set(_SPOKEN_SETTINGS):
+    if set(unknown) <= set(SPOKEN_SETTINGS):
         hint = f"; pass settings={service.__name__}.Settings({unknown[0]}=...)"
     raise UnknownNameError(f"{service.__name__} has no option {choices(unknown)}{hint}")
-
-
-def _as_pipecat_language(language: Any) -> Any:
-    """Turn the model's own name into Pipecat's code, which also tells the base how to cut sentences."""
-    return _BY_NAME.get(language.lower(), language) if isinstance(language, str) else language
-
-
-def _is_spaceless(text: str) -> bool:
-    """Whether most letters of the text belong to a script without spaces between words."""
-    return 2 * len(_SPACELESS.findall(text)) > sum(character.isalnum() for character in text)

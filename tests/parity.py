@@ -94,12 +94,16 @@ def environment() -> Path:
         return PYTHON
     say("making an environment for the official package in .parity/ (minutes, once)")
     shutil.rmtree(HOME / "venv", ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(HOME / "venv")], check=True)
-    for step in STEPS:
-        say(f"pip install {' '.join(step)}")
-        asked = os.environ.get("TORCH_INDEX") if step is STEPS[0] else None
-        index = ["--index-url", asked] if asked else []
-        subprocess.run([str(PYTHON), "-m", "pip", "install", "-q", *index, *step], check=True)
+    install = [str(PYTHON), "-m", "pip", "install", "-q"]
+    torch_index = os.environ.get("TORCH_INDEX")
+    try:
+        subprocess.run([sys.executable, "-m", "venv", str(HOME / "venv")], check=True)
+        for step in STEPS:
+            say(f"pip install {' '.join(step)}")
+            index = ["--index-url", torch_index] if torch_index and step is STEPS[0] else []
+            subprocess.run([*install, *index, *step], check=True)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"the official package cannot be installed: {' '.join(error.cmd)} failed, see above") from None
     stamp.write_text(wanted)
     return PYTHON
 

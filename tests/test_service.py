@@ -49,6 +49,7 @@ from pipecat.transports.base_transport import TransportParams
 from pipecat.utils.errors import ErrorCategory
 from pipecat.workers.runner import WorkerRunner
 
+from pipecat_qwen3 import playback as playback_module
 from pipecat_qwen3 import service as service_module
 from pipecat_qwen3.backend import SAMPLE_RATE, Chunk
 from pipecat_qwen3.errors import (
@@ -293,7 +294,7 @@ async def test_pipecats_evals_can_speak_with_it(backend, tmp_path):
 
 
 async def test_word_times_run_through_the_sentences_of_a_turn(backend, monkeypatch):
-    monkeypatch.setattr(service_module, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(playback_module, "monotonic", lambda: 0.0)
     down, _ = await speak(Qwen3TTSService(backend=backend), *turn("Hello there. ", "How are you?"))
     spoken = [frame for frame in down if isinstance(frame, TTSTextFrame)]
     base = spoken[0].pts or 0
@@ -306,7 +307,7 @@ async def test_word_times_run_through_the_sentences_of_a_turn(backend, monkeypat
 
 async def test_words_after_a_gap_are_as_late_as_their_audio(backend, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(service_module, "monotonic", lambda: now[0])
+    monkeypatch.setattr(playback_module, "monotonic", lambda: now[0])
     async with live(Qwen3TTSService(backend=backend)) as (worker, recorder):
         await worker.queue_frames([LLMFullResponseStartFrame(), LLMTextFrame("Hello there. H")])
         await recorder.until(lambda frames: words(frames) == ["Hello", "there."])
@@ -319,8 +320,8 @@ async def test_words_after_a_gap_are_as_late_as_their_audio(backend, monkeypatch
 
 def test_words_that_follow_their_audio_keep_its_time(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(service_module, "monotonic", lambda: now[0])
-    playback = service_module._Playback()
+    monkeypatch.setattr(playback_module, "monotonic", lambda: now[0])
+    playback = playback_module.Playback()
     second = np.zeros(SAMPLE_RATE, np.int16)
     assert playback.words_of(Chunk(second, 0, (("Hello", 0.0),))) == [("Hello", 0.0)]
     now[0] = 5.0  # all of it has been heard, and then the engine says what the end of it was
