@@ -57,7 +57,6 @@ class LocalBackend:
         self.device, self.dtype = device, dtype
         self.backend_name, self.backend_reason = backend
         self.tokenizer = checkpoint.load_tokenizer()
-        self._tokenizer_lock = threading.Lock()
         self._rates: dict[str | None, Rate] = {}
         progress("loading weights")
         talker = checkpoint.load_talker(dtype)
@@ -186,8 +185,7 @@ class LocalBackend:
         voice = resolve_voice(self.config, request.voice, request.language, request.instruct)
         seed = request.seed if request.seed is not None else secrets.randbits(63)
         layout: Layout = request.layout or ("whole" if isinstance(request.text, str) else "streaming")
-        with self._tokenizer_lock:
-            instruct = self._instruct_ids(voice.instruct)
+        instruct = self._instruct_ids(voice.instruct)
         utterance = Utterance(
             request=request,
             stream=Stream(
@@ -213,8 +211,7 @@ class LocalBackend:
         return [ids.im_start, *encode(self.tokenizer, f"user\n{instruct}"), ids.im_end, *newline]
 
     def _check_room(self, utterance: Utterance, text: str) -> None:
-        with self._tokenizer_lock:
-            tokens = len(encode(self.tokenizer, text))
+        tokens = len(encode(self.tokenizer, text))
         prompt = 16 + len(utterance.instruct_ids) + (tokens if utterance.layout == "whole" else 0)
         if prompt + FRAMES_PER_TOKEN * tokens > self.engine.step.positions:
             raise BadRequestError(
