@@ -62,7 +62,7 @@ define quietly
 endef
 
 $(PY):
-	@free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }'); \
+	@free=$$(df -Pk "$$(dirname $(VENV))" | awk 'NR == 2 { print int($$4 / 1048576) }'); \
 	if [ "$$free" -lt $(NEEDED_GB) ]; then \
 		echo "$(VENV) needs about $(NEEDED_GB) GB (3 with TORCH_INDEX=an index of CPU wheels), but $$free GB are free;" \
 			"make room, or set VENV=/elsewhere" >&2; exit 1; \

@@ -52,7 +52,7 @@ def read_text(source: str) -> str:
     """The text that an argument names: itself, `-` for standard input, or `@file`. Raises BadRequestError."""
     try:
         if source == "-":
-            return speakable(sys.stdin.buffer.read())
+            return speakable(b"" if sys.stdin is None else sys.stdin.buffer.read())
         if source.startswith("@"):
             return speakable(Path(source[1:]).expanduser().read_bytes())
     except OSError as error:
@@ -138,7 +138,7 @@ def describe(facts: dict[str, object]) -> str:
 
 
 def _prompt(args: Namespace) -> int:
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise BadRequestError("no TEXT was given and standard input is not a terminal; pass TEXT, - or @FILE")
     for option in ("json", "codes"):
         if getattr(args, option):

@@ -1,6 +1,7 @@
 """The engine in this process as a Backend: opens a checkpoint, checks requests, hands out streams."""
 
 import asyncio
+import contextlib
 import math
 import secrets
 import threading
@@ -177,7 +178,12 @@ class LocalBackend:
             loop = asyncio.get_running_loop()
             self.engine.submit(utterance)
             reader = loop.create_task(_read(text, utterance))
-            utterance.stop_reading = lambda: loop.call_soon_threadsafe(reader.cancel)
+
+            def stop_reading() -> None:
+                with contextlib.suppress(RuntimeError):  # the loop is closed already
+                    loop.call_soon_threadsafe(reader.cancel)
+
+            utterance.stop_reading = stop_reading
         return utterance.stream
 
     def _utterance(self, request: Request) -> Utterance:

@@ -62,7 +62,7 @@ class Utterance:
     codes: list[np.ndarray] = field(default_factory=list)
     buffered: list[Tensor] = field(default_factory=list)
     same_code: int = 0
-    stop_reading: Callable[[], object] = lambda: None
+    stop_reading: Callable[[], None] = lambda: None
     last_text_at: float = field(default_factory=time.monotonic)
     _inbox: deque[str | TTSError | None] = field(default_factory=deque)
 
@@ -157,7 +157,8 @@ class Utterance:
         return "runaway" if self.finished_text and stuck else None
 
     def finish(self, end: End, error: TTSError | None = None) -> None:
-        """Tell the listener how it ended."""
+        """Tell the listener how it ended, and read no more text."""
+        self.stop_reading()
         codes = np.stack(self.codes).astype(np.int16) if self.codes else None
         self.stream.finish(
             Result(end, len(self.codes), self.stream.seed, error, skipped_samples=self.delivery.skipped, codes=codes)

@@ -662,12 +662,15 @@ def test_ctrl_c_leaves_a_valid_wav_of_what_was_spoken(tmp_path: Path) -> None:
     out, codes = tmp_path / "a.wav", tmp_path / "a.npy"
     command = [*SAY, f"{LONG} " * 20, "-o", str(out), "--codes", str(codes), "--json"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
-        until = time.monotonic() + 120
-        while time.monotonic() < until and not (out.exists() and out.stat().st_size > 10_000):
-            time.sleep(0.02)
-            assert program.poll() is None
-        program.send_signal(signal.SIGINT)
-        printed, complained = program.communicate(timeout=60)
+        try:
+            until = time.monotonic() + 120
+            while time.monotonic() < until and not (out.exists() and out.stat().st_size > 10_000):
+                time.sleep(0.02)
+                assert program.poll() is None
+            program.send_signal(signal.SIGINT)
+            printed, complained = program.communicate(timeout=60)
+        finally:
+            program.kill()
     assert (program.returncode, complained) == (130, "")
     facts = json.loads(printed)
     assert facts["end"] == "cancelled"
@@ -714,12 +717,19 @@ class Terminal:
                 pass
         except OSError:  # how Linux says that the other side is closed
             pass
-        os.close(self.fd)
         return self.program.wait(60)
 
 
-def test_at_a_terminal_every_line_is_spoken_until_quit(tmp_path: Path) -> None:
-    terminal = Terminal([*SAY, "-o", str(tmp_path / "o.wav")], XDG_STATE_HOME=str(tmp_path / "state"))
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    made = Terminal([*SAY, "-o", str(tmp_path / "o.wav")], XDG_STATE_HOME=str(tmp_path / "state"))
+    yield made
+    made.program.kill()
+    made.program.wait()
+    os.close(made.fd)
+
+
+def test_at_a_terminal_every_line_is_spoken_until_quit(terminal: Terminal, tmp_path: Path) -> None:
     terminal.until(r"written to \S+o-1\.wav")
     terminal.until("> ")
     terminal.type("/voise slt\n")

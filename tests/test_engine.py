@@ -274,6 +274,25 @@ async def test_cancelling_stops_reading_the_text(embedded: LocalBackend) -> None
     await asyncio.wait_for(closed.wait(), 5)
 
 
+async def test_the_end_of_the_speech_stops_reading_the_text(embedded: LocalBackend) -> None:
+    closed = asyncio.Event()
+
+    async def text() -> AsyncIterator[str]:
+        try:
+            while True:
+                yield "and so on "
+                await asyncio.sleep(0.01)
+        finally:
+            closed.set()
+
+    stream = embedded.speak(Request(text=text(), max_frames=3))
+    async for _ in stream:
+        pass
+    assert stream.result is not None
+    assert stream.result.end == "cap"
+    await asyncio.wait_for(closed.wait(), 5)
+
+
 def test_max_frames_is_exact_and_says_cap(embedded: LocalBackend) -> None:
     for n in (1, 2, 7):
         stream = embedded.speak(Request(text=SENTENCES[0], max_frames=n, ahead_s=None))
