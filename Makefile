@@ -31,7 +31,7 @@ test-slow: $(VENV)/installed-dev ## the tests that take minutes
 	$(PY) -m pytest -m slow $(ARGS)
 
 parity: $(VENV)/installed-dev ## compare with the official qwen-tts package, installed into a venv of its own
-	$(PY) tests/parity.py $(ARGS)
+	$(PY) -m tests.parity $(ARGS)
 
 lint: $(VENV)/installed-dev ## ruff and pyright
 	$(PY) -m ruff check

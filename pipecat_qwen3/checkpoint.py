@@ -3,6 +3,7 @@
 Every way in which files can be missing, broken or of another shape ends in one line that names the file and what to do.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pipecat_qwen3.codec import CodecDecoder
 from pipecat_qwen3.config import CodecConfig, ModelConfig, read_codec_config, read_model_config
@@ -55,14 +57,14 @@ class Checkpoint:
 
     def load_talker(self, dtype: torch.dtype) -> Talker:
         """The talker and code predictor on the CPU in the given dtype. Raises CheckpointError."""
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             talker = Talker(self.config)
         _fill(talker, Tensors(self.folder), "talker.", dtype)
         return talker.eval().requires_grad_(False)
 
     def load_codec(self) -> CodecDecoder:
         """The codec's decoder on the CPU in fp32: in bf16 its output loses 8 bits and more. Raises CheckpointError."""
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             decoder = CodecDecoder(self.codec_config)
         _fill(decoder, Tensors(self.folder / "speech_tokenizer"), "decoder.", torch.float32)
         return decoder.eval().requires_grad_(False)
@@ -72,7 +74,9 @@ class Checkpoint:
         from transformers import Qwen2TokenizerFast  # type: ignore[attr-defined] # transformers 5 keeps it as an alias
 
         read_json(self.folder / "tokenizer_config.json")
-        if not (self.folder / "tokenizer.json").is_file():
+        if (self.folder / "tokenizer.json").is_file():
+            check_file(self.folder / "tokenizer.json")
+        else:
             read_json(self.folder / "vocab.json")
             check_file(self.folder / "merges.txt")
         again = remedy(self.folder / "vocab.json")
@@ -138,8 +142,22 @@ class Tensors:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read ({_line(error)}); {remedy(path)}") from None
         if not all(torch.isfinite(end) for end in torch.aminmax(tensor)):  # 30 times as fast as isfinite().all()
-            raise CheckpointError(f"{path}: {name} holds NaN or infinity; {remedy(path)}, or take one from before that")
+            raise CheckpointError(
+                f"{path}: {name} holds NaN or infinity; take an earlier checkpoint, or {remedy(path)}"
+            )
         return tensor.to(dtype, copy=True)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Modules get no initial values: torch's first normal_ on the meta device imports its decompositions, for 1 s."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.init.normal_:
+            return kwargs.get("tensor", *args[:1])
+        return torch.empty(*args, **kwargs) if func is torch.randn else func(*args, **kwargs)
 
 
 def _open(path: Path) -> Any:
@@ -161,8 +179,8 @@ def _fill(module: nn.Module, tensors: Tensors, prefix: str, dtype: torch.dtype) 
         )
     if unknown := sorted(found - wanted.keys()):
         raise CheckpointError(
-            f"{tensors.folder} has {len(unknown)} tensors that its config.json knows nothing of, the first is "
-            f"{unknown[0]}; take weights and config from one checkpoint"
+            f"{tensors.folder} has tensors that its config.json knows nothing of, such as {unknown[0]} ({len(unknown)} "
+            "in all); take weights and config from one checkpoint"
         )
     for name, shape in wanted.items():
         tensors.check(name, shape)

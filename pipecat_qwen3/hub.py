@@ -4,13 +4,14 @@ Configs are fetched and read before weights, so that a wrong name costs no gigab
 without any network. Knows no tensors.
 """
 
+import contextlib
 import errno
 import os
 import re
 from pathlib import Path
 
 from pipecat_qwen3.config import read_codec_config, read_model_config
-from pipecat_qwen3.errors import CheckpointError, DownloadError, TTSError, UnknownNameError
+from pipecat_qwen3.errors import CheckpointError, DownloadError, UnknownNameError
 from pipecat_qwen3.files import weight_files
 
 EMBEDDED = "embedded"
@@ -26,7 +27,7 @@ OFFICIAL = (
 
 # Only the top folder's: repositories of finetunes hold training steps in folders of their own.
 _CONFIGS = ("config.json", "generation_config.json", "speech_tokenizer/config.json")
-_TOKENIZER = ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json", "preprocessor_config.json")
+_TOKENIZER = ("tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.json")
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "speech_tokenizer/*")
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", re.ASCII)
@@ -53,8 +54,7 @@ def find(name: str) -> Path:
 
 
 def _fetch(name: str, repository: str, revision: str | None) -> Path:
-    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import tqdm
 
     class NoBar(tqdm):
@@ -62,41 +62,59 @@ def _fetch(name: str, repository: str, revision: str | None) -> Path:
             super().__init__(*args, **{**options, "disable": True})
 
     def fetch(*patterns: str, bar: type[tqdm] = tqdm) -> Path:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns), tqdm_class=bar))
+        try:
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns), tqdm_class=bar))
+        except Exception as error:  # whichever HTTP library is underneath raises its own
+            raise _explain(name, error) from None
 
-    try:
-        cached = try_to_load_from_cache(repository, "config.json", revision=revision)
-        if isinstance(cached, str) and _is_complete(Path(cached).parent):
-            return Path(cached).parent
-        if constants.HF_HUB_OFFLINE:
-            raise DownloadError(
-                f"model {name!r} is not (or only in part) in the local cache, and HF_HUB_OFFLINE forbids a download; "
-                "unset it, pass a local folder, or use the embedded voice"
-            )
-        folder = fetch(*_CONFIGS, bar=NoBar)
+    folder = _cached(name, repository, revision)
+    if folder is not None and _missing(folder) is None:
+        return folder
+    if constants.HF_HUB_OFFLINE:
+        raise DownloadError(
+            f"model {name!r} is not (or only in part) in the local cache, and HF_HUB_OFFLINE forbids a download; "
+            "unset it, pass a local folder, or use the embedded voice"
+        )
+    folder = fetch(*_CONFIGS, bar=NoBar)
+    if all(os.path.isfile(folder / config) for config in _CONFIGS):
         read_model_config(folder)
         read_codec_config(folder)
-        return fetch(*_CONFIGS, *_TOKENIZER, *_WEIGHTS)
-    except TTSError:
-        raise
-    except HFValidationError:
-        raise UnknownNameError(f"no model {_short(name)}: a Hugging Face name looks like {OFFICIAL[0]}") from None
-    except Exception as error:  # whichever HTTP library is underneath raises its own
-        raise _explain(name, error) from None
+        folder = fetch(*_CONFIGS, *_TOKENIZER, *_WEIGHTS)
+    if missing := _missing(folder):
+        raise DownloadError(
+            f"model {name!r} came without {missing}; check the network and run again, or choose a complete "
+            f"Qwen3-TTS-12Hz checkpoint such as {OFFICIAL[0]}"
+        )
+    return folder
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether a cached snapshot has all that opening needs."""
-
-    def has(*names: str) -> bool:
-        return all(os.path.isfile(folder / name) for name in names)
+def _cached(name: str, repository: str, revision: str | None) -> Path | None:
+    """The snapshot in the cache, whole or in part."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        weights = [*weight_files(folder), *weight_files(folder / "speech_tokenizer")]
-    except CheckpointError:
-        return False
-    tokenizer = has("tokenizer.json") or has("vocab.json", "merges.txt")
-    return tokenizer and has(*_CONFIGS, "tokenizer_config.json") and all(os.path.isfile(path) for path in weights)
+        config = try_to_load_from_cache(repository, "config.json", revision=revision)
+    except HFValidationError:
+        raise UnknownNameError(f"no model {_short(name)}: a Hugging Face name looks like {OFFICIAL[0]}") from None
+    except OSError:  # a cache that cannot be read; the download will say why
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _missing(folder: Path) -> str | None:
+    """The first file that opening needs and a snapshot lacks."""
+    needed = [*_CONFIGS, "tokenizer_config.json"]
+    if not os.path.isfile(folder / "tokenizer.json"):
+        needed += ["vocab.json", "merges.txt"]
+    for part in ("", "speech_tokenizer/"):
+        weights = f"{part}model.safetensors"
+        if not os.path.isfile(folder / f"{weights}.index.json"):
+            needed.append(weights)
+        else:
+            with contextlib.suppress(CheckpointError):  # of a broken index; who opens it will say so
+                needed += [f"{part}{path.name}" for path in weight_files(folder / part)]
+    return next((name for name in needed if not os.path.isfile(folder / name)), None)
 
 
 def _explain(name: str, error: Exception) -> DownloadError:

@@ -3,6 +3,8 @@ import math
 import os
 import random
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from tests.random_checkpoint import GENERATION, codec_model_config, make, model_
 from tests.random_shapes import codec_shapes, model_shapes
 
 TALKER, CODEC = "model.safetensors", "speech_tokenizer/model.safetensors"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n"
 PREFIX = {TALKER: "talker.", CODEC: "decoder."}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 
@@ -79,6 +82,7 @@ def raw(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
 def check_identical(folder: Path, dtype: torch.dtype, tmp_path: Path) -> None:
     """What was loaded, written again, is what the files hold, but for what this package leaves alone."""
     for name, module, left in zip((TALKER, CODEC), load(folder, dtype), ("speaker_encoder.", "encoder."), strict=True):
+        assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
         theirs = {key: value for key, value in raw(folder / name).items() if not key.startswith(left)}
         (stored,) = {kind for kind, _, _ in theirs.values()}
         tensors = {PREFIX[name] + key: tensor.to(DTYPES[stored]) for key, tensor in module.state_dict().items()}
@@ -98,6 +102,14 @@ def test_what_is_loaded_and_exported_is_identical_in_bf16(tmp_path):
 
 def test_the_embedded_voice_loaded_and_exported_is_identical(tmp_path):
     check_identical(Checkpoint.open("embedded").folder, torch.bfloat16, tmp_path)
+
+
+def test_no_initial_values_are_made_up():
+    """They would be thrown away, and on the meta device torch imports a second's worth of symbolic algebra for them."""
+    imports = "import sys, torch; from pipecat_qwen3.checkpoint import Checkpoint"
+    load = "c = Checkpoint.open('embedded'); c.load_talker(torch.float32); c.load_codec()"
+    code = f"{imports}; {load}; sys.exit('sympy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
 
 
 def test_another_dtype_rounds_every_weight_and_nothing_else(copy):
@@ -275,7 +287,7 @@ def test_a_weight_file_that_is_cut_short_is_named(copy, name, kept):
     ("content", "line"),
     [
         (b"", "{path} is empty; copy or download the checkpoint again"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", "{path} is a Git LFS pointer, not "),
+        (LFS, "{path} is a Git LFS pointer, not "),
         (b"<!DOCTYPE html><html><body>Sign in to the hotel's network</body></html>", "{path} is broken or cut short ("),
         (b"\x80\x02}q\x00" * 100, "{path} is broken or cut short ("),
         (struct.pack("<Q", 2) + b"{}", "{path} has no tensor {tensor}"),
@@ -364,12 +376,12 @@ HEAD, NORM = "talker.codec_head.weight", "decoder.pre_transformer.norm.weight"
         (
             TALKER,
             lambda t: t.update({"talker.model.layers.3.mlp.up_proj.weight": torch.ones(96, 64)}),
-            "{folder} has 1 tensors that its config.json knows nothing of, the first is talker.model.layers.3.",
+            "{folder} has tensors that its config.json knows nothing of, such as talker.model.layers.3.mlp.up_pr",
         ),
         (
             CODEC,
             lambda t: t.update({"decoder.pre_transformer.norm.bias": torch.ones(32)}),
-            "{folder} has 1 tensors that its config.json knows nothing of, the first is decoder.pre_transformer.norm",
+            "{folder} has tensors that its config.json knows nothing of, such as decoder.pre_transformer.norm.bi",
         ),
         (
             TALKER,
@@ -384,7 +396,7 @@ HEAD, NORM = "talker.codec_head.weight", "decoder.pre_transformer.norm.weight"
         (
             TALKER,
             lambda t: t[HEAD][5].fill_(math.nan),
-            "{path}: talker.codec_head.weight holds NaN or infinity; copy or",
+            "{path}: talker.codec_head.weight holds NaN or infinity; take an",
         ),
         (
             CODEC,
@@ -429,7 +441,7 @@ def test_a_codec_of_another_checkpoint_is_refused(copy):
     [
         None,
         b"",
-        b"version https://git-lfs.github.com/spec/v1\n",
+        LFS,
         bytes(range(256)),
         b"[1, 2]",
         b'{"a": "b"}',
@@ -447,6 +459,17 @@ def test_a_broken_tokenizer_file_is_named(copy, name, content):
     assert line.endswith(
         ("copy or download the checkpoint again", f"`git lfs pull` in {folder}", "from one checkpoint")
     )
+
+
+def test_a_tokenizer_in_one_file_comes_first(copy):
+    folder = copy()
+    Checkpoint.open(folder).load_tokenizer().save_pretrained(folder.parent / "saved")
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    replace(folder / "tokenizer.json", (folder.parent / "saved" / "tokenizer.json").read_bytes())
+    load(folder)
+    replace(folder / "tokenizer.json", LFS)
+    assert refused(folder).startswith(f"{folder / 'tokenizer.json'} is a Git LFS pointer")
 
 
 def test_a_tokenizer_cut_short_in_a_valid_place_is_found_out(copy):

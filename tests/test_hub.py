@@ -143,6 +143,20 @@ def test_configs_are_read_before_weights_are_fetched(hub, finder, tiny, tmp_path
     assert not set(hub.downloads("Qwen/Qwen2-72B")) & {*WEIGHTS, "vocab.json"}
 
 
+def test_shards_are_downloaded_and_each_is_missed(hub, finder, tiny, tmp_path):
+    shutil.copytree(tiny(), sharded := tmp_path / "sharded")
+    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    (sharded / "model.safetensors").rename(sharded / first)
+    shutil.copy(sharded / "speech_tokenizer" / "model.safetensors", sharded / second)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": first, "b": second}}))
+    hub.repositories["me/sharded"] = sharded
+    folder = finder("me/sharded")
+    (folder / second).unlink()
+    with offline(finder, hub) as cut_off:
+        assert "only in part" in cut_off.refuses("me/sharded")
+    assert (finder("me/sharded") / second).read_bytes() == (sharded / second).read_bytes()
+
+
 def test_the_training_steps_of_a_finetune_stay_where_they_are(hub, finder, tiny, tmp_path):
     shutil.copytree(tiny(), tuned := tmp_path / "tuned")
     shutil.copytree(tiny(), tuned / "checkpoint-epoch-0")
@@ -154,6 +168,15 @@ def test_the_training_steps_of_a_finetune_stay_where_they_are(hub, finder, tiny,
 GATED = {"X-Error-Code": "GatedRepo"}
 UNKNOWN = {"X-Error-Code": "RepoNotFound"}
 BAD_TOKEN = {"X-Error-Message": "Invalid credentials in Authorization header"}
+
+
+@pytest.mark.parametrize("lost", ["config.json", "speech_tokenizer/config.json", "vocab.json", *WEIGHTS])
+def test_a_repository_that_lacks_a_file_is_told_apart_from_a_broken_cache(hub, finder, tiny, tmp_path, lost):
+    shutil.copytree(tiny(), partial := tmp_path / "partial")
+    (partial / lost).unlink()
+    hub.repositories[f"me/{lost.replace('/', '-')}"] = partial
+    line = finder.refuses(f"me/{lost.replace('/', '-')}")
+    assert f" came without {lost}; check the network and run again, or choose a complete Qwen3-TTS-12Hz ch" in line
 
 
 @pytest.mark.parametrize(
@@ -262,7 +285,7 @@ def test_a_full_disk_is_not_called_a_network_failure(monkeypatch):
 
 
 NO_MODELS = ["", " ", "nonsense", "/no/such/folder", "./no/such", "~nobody-here/x", "a/b/c", "a b/c", "a/b@", "a/b--c"]
-NO_MODELS += ["x" * 9999, "a/\0", "a\n/b", "größe/a", "https://huggingface.co/a/b"]
+NO_MODELS += ["x" * 9999, "a/\0", "a\n/b", "größe/a", "https://example.org/a/b"]
 
 
 @pytest.mark.parametrize("name", NO_MODELS, ids=ascii)

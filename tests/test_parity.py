@@ -74,10 +74,14 @@ def test_the_prompt_is_the_official_one(case: dict[str, Any], side: Side, golden
 
 @named(SPOKEN)
 def test_the_codes_are_the_official_ones(case: dict[str, Any], side: Side, golden: Any) -> None:
-    for row, ended in enumerate(case["ended"]):
+    for row, certain in enumerate(case["certain"]):
         _, result = side(case).spoken[case["name"], row]
-        np.testing.assert_array_equal(result.codes, golden[f"{case['name']}/{row}/codes"])
-        assert result.end == ("eos" if ended else "cap")
+        assert result.codes is not None
+        official = golden[f"{case['name']}/{row}/codes"]
+        np.testing.assert_array_equal(result.codes[:certain], official[:certain])
+        if certain > len(official):
+            assert len(result.codes) == len(official)
+            assert result.end == ("eos" if case["ended"][row] else "cap")
 
 
 @named([case for case in SPOKEN if case["name"] in ("unprojected whole sampled", "embedded whole greedy")])
@@ -88,6 +92,15 @@ def test_the_samples_are_the_official_ones(case: dict[str, Any], side: Side, gol
     faded = 0 if result.end == "eos" else FADE_SAMPLES
     heard = len(pcm) - faded
     np.testing.assert_allclose(pcm[:heard] / 32768, official[:heard], rtol=0, atol=1e-4)
+
+
+def test_few_utterances_hang_on_a_decision_that_fp32_cannot_make(golden: Any) -> None:
+    frames, compared = 0, 0
+    for case in SPOKEN:
+        for row, certain in enumerate(case["certain"]):
+            official = len(golden[f"{case['name']}/{row}/codes"])
+            frames, compared = frames + official, compared + min(certain, official)
+    assert compared > 0.9 * frames
 
 
 def test_every_mode_and_layout_is_among_the_goldens() -> None:

@@ -65,7 +65,8 @@ def run(out: Path, seed: int, checkpoints: Path, waveforms: bool) -> None:
         for case in (case for case in wanted if case.checkpoint == checkpoint):
             spoken = official.speak(case.requests, references.get(case.clone))
             keep(arrays, case, spoken, waveforms or case.name in WITH_WAV)
-            told.append(asdict(case) | {"ended": [one.ended for one in spoken]})
+            ends = {"ended": [one.ended for one in spoken], "certain": [one.certain for one in spoken]}
+            told.append(asdict(case) | ends)
             print(f"official: {case.name}: {[len(one.codes) for one in spoken]} frames", flush=True)
     provenance = {
         "made_with": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -78,9 +79,16 @@ def run(out: Path, seed: int, checkpoints: Path, waveforms: bool) -> None:
     }
     np.savez_compressed(out / "goldens.npz", **arrays)  # type: ignore[arg-type]
     (out / "goldens.json").write_text(json.dumps(provenance, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    ended = sum(end for case in told for end in case["ended"])
+    rows = [
+        (ended, len(arrays[f"{case['name']}/{row}/codes"]), certain)
+        for case in told
+        for row, (ended, certain) in enumerate(zip(case["ended"], case["certain"], strict=True))
+    ]
     size = (out / "goldens.npz").stat().st_size
-    print(f"official: {len(told)} cases, {ended} utterances ended by themselves, {size / 1e6:.2f} MB")
+    print(
+        f"official: {len(told)} cases, {len(rows)} utterances, {sum(row[0] for row in rows)} ended by themselves, "
+        f"{sum(certain > frames for _, frames, certain in rows)} without a close decision, {size / 1e6:.2f} MB"
+    )
 
 
 def keep(arrays: dict[str, np.ndarray], case: Case, spoken: list[Spoken], waveforms: bool) -> None:

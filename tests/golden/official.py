@@ -24,6 +24,14 @@ from torch import Tensor
 BLOCK = 32
 WORD = 0xFFFFFFFF
 
+CLOSE_DRAW = 5e-6
+CLOSE_GAP = 5e-5
+"""Below these a decision is close: fp32 sums in another order may decide otherwise, and the official code's own do.
+
+Shares of the total probability, and logits: twice the largest differences between this oracle and another
+implementation along the same codes (2.2e-6 and 2.7e-5).
+"""
+
 SAMPLING = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -44,6 +52,7 @@ class Spoken:
     trailing  fp32 [T, H]   the text embeddings added to the later frames; afterwards the PAD embedding
     codes     int64 [F, C]
     ended     whether the end-of-speech id came, or else the cap
+    certain   frames before the first close decision; more than F if there is none
     wav       fp32 [1920 F]; after reference audio less one sample now and then, as the official trim is proportional
     """
 
@@ -51,6 +60,7 @@ class Spoken:
     trailing: Tensor
     codes: Tensor
     ended: bool
+    certain: int
     wav: Tensor
 
 
@@ -79,45 +89,68 @@ def philox(seed: int, frame: int, draw: int) -> int:
     return c0
 
 
-def choose(probabilities: np.ndarray, uniform: float) -> int:
-    """First index whose cumulative probability exceeds uniform * total; fp32 sums in blocks of 32, then over blocks."""
+def choose(probabilities: np.ndarray, uniform: float) -> tuple[int, float]:
+    """First index whose cumulative probability exceeds uniform * total; fp32 sums in blocks of 32, then over blocks.
+
+    Also returns how far uniform * total lies from the nearer edge of that index, as a share of the total.
+    """
     padded = np.zeros(-(-len(probabilities) // BLOCK) * BLOCK, np.float32)
     padded[: len(probabilities)] = probabilities
     within = np.cumsum(padded.reshape(-1, BLOCK), axis=1, dtype=np.float32)
     after = np.cumsum(within[:, -1], dtype=np.float32)
     cumulative = (np.concatenate([np.zeros(1, np.float32), after[:-1]])[:, None] + within).reshape(-1)
-    return int(np.argmax(cumulative > np.float32(uniform) * after[-1]))
+    target = np.float32(uniform) * after[-1]
+    chosen = int(np.argmax(cumulative > target))
+    below = target - cumulative[chosen - 1] if chosen else np.float32(1)
+    return chosen, float(min(below, cumulative[chosen] - target) / after[-1])
 
 
 @contextmanager
-def shared_rule(seeds: Sequence[int], vocab: int, codebooks: int) -> Iterator[None]:
+def shared_rule(seeds: Sequence[int], vocab: int, codebooks: int) -> Iterator[list[int]]:
     """Let torch.multinomial draw by our rule while the official code generates, row b from seeds[b].
 
-    The talker's calls are told from the predictor's by the width of what they draw from (`vocab` is the talker's).
-    Every row draws in every call, also after its end, so the frame number is the number of calls.
+    The talker's calls are told from the predictor's by the width of what they choose from (`vocab` is the talker's).
+    Every row chooses in every call, also after its end, so the frame number is the number of calls.
+    Yields each row's first frame with a close decision (CLOSE_DRAW, CLOSE_GAP), a huge number if there is none.
     """
-    frame, predicted = 0, 0
+    first_close = [sys.maxsize] * len(seeds)
+    calls = {True: 0, False: 0}
+
+    def place(width: int) -> tuple[int, int]:
+        """Frame and draw of this call."""
+        of_talker = width == vocab
+        frame, later = divmod(calls[of_talker], 1 if of_talker else codebooks - 1)
+        calls[of_talker] += 1
+        return frame, 0 if of_talker else later + 1
+
+    def note(row: int, frame: int, close: bool) -> None:
+        if close:
+            first_close[row] = min(first_close[row], frame)
 
     def multinomial(probabilities: Tensor, num_samples: int, *args: Any, **kwargs: Any) -> Tensor:
-        nonlocal frame, predicted
         assert num_samples == 1
-        assert probabilities.shape[0] == len(seeds)
-        if probabilities.shape[1] == vocab:
-            at, draw = frame, 0
-            frame += 1
-        else:
-            at, draw = predicted // (codebooks - 1), 1 + predicted % (codebooks - 1)
-            predicted += 1
-        rows = probabilities.float().cpu().numpy()
-        chosen = [choose(row, (philox(s, at, draw) >> 8) * 2.0**-24) for s, row in zip(seeds, rows, strict=True)]
+        frame, draw = place(probabilities.shape[1])
+        chosen = []
+        for row, (seed, values) in enumerate(zip(seeds, probabilities.float().cpu().numpy(), strict=True)):
+            index, margin = choose(values, (philox(seed, frame, draw) >> 8) * 2.0**-24)
+            note(row, frame, margin < CLOSE_DRAW)
+            chosen.append(index)
         return torch.tensor(chosen, device=probabilities.device)[:, None]
 
-    original = torch.multinomial
-    torch.multinomial = multinomial
+    def argmax(scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if scores.is_floating_point() and scores.ndim == 2:
+            frame, _ = place(scores.shape[1])
+            best, second = scores.topk(2).values.unbind(-1)
+            for row, gap in enumerate((best - second).tolist()):
+                note(row, frame, gap < CLOSE_GAP)
+        return original_argmax(scores, *args, **kwargs)
+
+    original, original_argmax = torch.multinomial, torch.argmax
+    torch.multinomial, torch.argmax = multinomial, argmax
     try:
-        yield
+        yield first_close
     finally:
-        torch.multinomial = original
+        torch.multinomial, torch.argmax = original, original_argmax
 
 
 class Official:
@@ -150,7 +183,7 @@ class Official:
 
         options |= {"text": all_of("text", None), "language": all_of("language", "auto")}
         seeds, talker = all_of("seed", 0), config.talker_config
-        with shared_rule(seeds, talker.vocab_size, talker.num_code_groups):
+        with shared_rule(seeds, talker.vocab_size, talker.num_code_groups) as first_close:
             if config.tts_model_type == "base":
                 wavs, _ = self.wrapper.generate_voice_clone(voice_clone_prompt=reference, **options)
             elif config.tts_model_type == "voice_design":
@@ -159,16 +192,22 @@ class Official:
                 options |= {"speaker": all_of("voice", None), "instruct": all_of("instruct", "")}
                 wavs, _ = self.wrapper.generate_custom_voice(**options)
         lengths = self._seen["attention_mask"].sum(-1).tolist()
-        return [
-            Spoken(
-                prompt=self._seen["inputs_embeds"][row, -length:].float().clone(),
-                trailing=self._seen["trailing_text_hidden"][row].float().clone(),
-                codes=self._seen["codes"][row].clone(),
-                ended=len(self._seen["codes"][row]) < first["max_frames"],
-                wav=torch.as_tensor(wavs[row]),
+        spoken = []
+        for row, (length, codes) in enumerate(zip(lengths, self._seen["codes"], strict=True)):
+            # An id that is drawn after the last frame counts only if it is the end-of-speech id.
+            ended = len(codes) < first["max_frames"]
+            last = len(codes) + ended
+            spoken.append(
+                Spoken(
+                    prompt=self._seen["inputs_embeds"][row, -length:].float().clone(),
+                    trailing=self._seen["trailing_text_hidden"][row].float().clone(),
+                    codes=codes.clone(),
+                    ended=ended,
+                    certain=first_close[row] if first_close[row] < last else len(codes) + 1,
+                    wav=torch.as_tensor(wavs[row]),
+                )
             )
-            for row, length in enumerate(lengths)
-        ]
+        return spoken
 
     @torch.no_grad()
     def logits(self, codes: Tensor) -> tuple[Tensor, Tensor]:
