@@ -4,6 +4,7 @@ A tick: take in text and cancels, admit voices to free rows, prefill at most one
 go on by one frame, decode the chunks that are due. Joining, leaving and cancelling happen between frames.
 """
 
+import atexit
 import logging
 import threading
 import time
@@ -55,6 +56,8 @@ class Engine:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="pipecat-qwen3 engine", daemon=True)
         self._thread.start()
+        # A thread that is torn down inside torch at the interpreter's exit takes the process with it.
+        atexit.register(self.close)
 
     # -- any thread ------------------------------------------------------------------------------------------
 
@@ -83,6 +86,7 @@ class Engine:
         """End every voice and the thread; idempotent."""
         with self._changed:
             self._closing = True
+        atexit.unregister(self.close)
         self.wake()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)

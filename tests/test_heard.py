@@ -1,12 +1,16 @@
 """What is spoken is heard: text -> engine -> audio -> speech recognition -> text."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipecat_qwen3.backend import Layout, Request
+from pipecat_qwen3.checkpoint import find
 from pipecat_qwen3.local import LocalBackend
 from tests.heard import hear, word_errors
 
@@ -41,13 +45,17 @@ def test_a_recogniser_understands_the_embedded_voice(embedded: LocalBackend, lay
 
 
 @pytest.fixture
-def damaged() -> Iterator[LocalBackend]:
-    """The embedded voice with noise on the weights of one layer."""
-    backend = LocalBackend.open("embedded", device="cpu", dtype="fp32", max_batch=8)
+def damaged(tmp_path: Path) -> Iterator[LocalBackend]:
+    """The embedded voice with noise on the attention weights of one layer."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(find("embedded"), folder)
+    weights = load_file(folder / "model.safetensors")
     noise = torch.Generator().manual_seed(0)
-    weight = backend.engine.step.weights.talker.layers[2].qkv  # type: ignore[attr-defined]
-    with torch.inference_mode():
-        weight.add_(torch.randn(weight.shape, generator=noise) * weight.std() * 2.5)
+    for part in "qkv":
+        weight = weights[f"talker.model.layers.2.self_attn.{part}_proj.weight"]
+        weight += torch.randn(weight.shape, generator=noise) * weight.float().std() * 2.5
+    save_file(weights, folder / "model.safetensors")
+    backend = LocalBackend.open(str(folder), device="cpu", dtype="fp32", max_batch=8)
     yield backend
     backend.close()
 
