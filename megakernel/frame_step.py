@@ -228,25 +228,27 @@ class TorchFrameStep(FrameStep):
 
     def _talker(self, rows: Sequence[int], live: list[_Row], x: Tensor) -> Tensor:
         """One talker step: x [width, H] -> hidden [width, H], after the final norm."""
-        at = [state.position for state in live]
-        cos, sin = self.talker_rope[:, torch.tensor(at + [0] * (x.shape[0] - len(at)), device=x.device)][
-            :, :, None, None
-        ]
+        n, shape = len(rows), self.shape.talker
+        at = torch.tensor([state.position for state in live] + [0] * (x.shape[0] - n), device=x.device)
+        index = torch.tensor(rows, device=x.device)
+        cos, sin = self.talker_rope[:, at, None, None]
+        seen = [(row, state.position + 1) for row, state in zip(rows, live, strict=True)]
 
         def attend(i: int) -> reference.Attend:
             def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                out = q.new_zeros(q.shape[0], 1, self.shape.talker.q_size)
-                for b, (row, p) in enumerate(zip(rows, at, strict=True)):
-                    cache = self.kv[i, :, row]
-                    cache[0, :, p] = k[b, 0]
-                    cache[1, :, p] = v[b, 0]
-                    seen = cache[:, None, :, : p + 1]
-                    out[b] = reference.attention(q[b : b + 1], seen[0], seen[1])[0]
-                return out
+                keys, values = self.kv[i]
+                keys[index, :, at[:n]] = k[:n, 0]
+                values[index, :, at[:n]] = v[:n, 0]
+                queries = q.view(-1, 1, shape.kv_heads, shape.group, shape.head_dim)
+                out = torch.zeros_like(queries)
+                for b, (row, length) in enumerate(seen):
+                    own = slice(row, row + 1)
+                    out[b] = F.scaled_dot_product_attention(queries[b], keys[own, :, :length], values[own, :, :length])
+                return out.view(q.shape[0], 1, shape.q_size)
 
             return run
 
-        return reference.stack(x[:, None], self.weights.talker, self.shape.talker, cos, sin, attend)[:, 0]
+        return reference.stack(x[:, None], self.weights.talker, shape, cos, sin, attend)[:, 0]
 
     def _predictor(self, hidden: Tensor, code0: Tensor, k: Knobs, random: Tensor) -> tuple[Tensor, Tensor]:
         """Codes 1..C-1 and the sum of all C embeddings: hidden [W,H], code0 [n] -> codes [n,C], sum [n,H].

@@ -70,6 +70,7 @@ class LocalBackend:
         codec = checkpoint.load_codec().to(device).fold()
         rows = max_batch if device.type == "cpu" else 4 * max_batch
         step = TorchFrameStep(weights, self.config.shape, rows, max_batch, positions)
+        del weights  # the step has packed copies
         state = CodecState.zeros(checkpoint.codec_config, rows, device)
         ids = self.config.ids
         role = [ids.im_start, ids.assistant, *encode(self.tokenizer, "\n")]
