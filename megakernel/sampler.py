@@ -125,13 +125,15 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     within = weights.view(b, -1, BLOCK).cumsum(-1)
     after = within[:, :, -1].cumsum(-1)
     before = torch.cat([after.new_zeros(b, 1), after[:, :-1]], -1)
-    cumulative = (before[:, :, None] + within).view(b, -1)
-    target = torch.minimum(uniform * after[:, -1], after[:, -1].nextafter(after.new_zeros(())))
-    return (cumulative <= target[:, None]).sum(-1)
+    # Partial sums are rounded, and not monotone across blocks: an id without weight must not win by that.
+    cumulative = (before[:, :, None] + within).view(b, -1).masked_fill(weights == 0, 0)
+    total = cumulative.amax(-1)
+    target = torch.minimum(uniform * total, total.nextafter(total.new_zeros(())))
+    return (cumulative > target[:, None]).int().argmax(-1)
 
 
 def _top_p(logits: Tensor, tail: Tensor) -> Tensor:
-    ascending, order = logits.sort(-1)
+    ascending, order = logits.sort(dim=-1, stable=True)
     drop = ascending.softmax(-1).cumsum(-1) <= tail[:, None]
     drop[:, -1] = False
     return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))

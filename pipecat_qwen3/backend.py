@@ -4,6 +4,7 @@ In goes a Request, out comes a Stream of Chunks. Nothing here knows torch, CUDA,
 """
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -35,7 +36,7 @@ class Request:
     instruct    how to speak, in words (not on 0.6B checkpoints; the whole voice in a VoiceDesign one)
     layout      "whole": all text is read before the first frame; "streaming": one text token a frame.
                 None is "whole" for a string and "streaming" for an iterator
-    seed        64-bit seed of the voice's own random stream; None draws one, told in Stream.seed
+    seed        of the voice's own random stream, 0..2^63-1; None draws one, told in Stream.seed
     greedy      switches both sampling switches off and changes nothing else
     predictor_* the same for codes 1..C-1
     max_frames  speak at most so many frames; replaces the length cap and switches the runaway detector off
@@ -100,7 +101,8 @@ class Stream:
     """One utterance being spoken: `async for chunk in stream`, or `for chunk in stream` in a thread of its own.
 
     `cancel`, `feed` and `end` set flags, are safe from any thread and return at once. A cancelled stream yields
-    nothing more. When the iteration is over, `result` says how it ended; an error is raised by the iteration.
+    nothing more. When the iteration is over, `result` says how it ended; an error is raised by the iteration. After a
+    cancel the iteration is over at once, and `result` is there when the engine has noticed.
     """
 
     def __init__(
@@ -210,7 +212,7 @@ class Stream:
     def _wake(self) -> None:
         self._changed.notify_all()
         for loop, waiter in self._waiters:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(_release, waiter)
         self._waiters.clear()
 

@@ -50,7 +50,6 @@ class Generation:
     predictor_temperature: float
     predictor_top_k: int
     predictor_top_p: float
-    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -245,7 +244,6 @@ def _generation(keys: Keys) -> Generation:
         predictor_temperature=keys.number("subtalker_temperature", 100),
         predictor_top_k=keys.integer("subtalker_top_k", 0),
         predictor_top_p=keys.number("subtalker_top_p", 1.0),
-        max_new_tokens=keys.integer("max_new_tokens"),
     )
 
 

@@ -30,7 +30,9 @@ class Delivery:
         self._ramp, self._skip = request.ramp, request.skip_silence
         self._live = request.ahead_s is not None
         self._chunks = 0
+        self._frames = 0
         self._samples = 0
+        self._dry_s = 0.0
         self.skipped = 0
         self.silent_s = 0.0
         """Seconds of silence at the end of what was decoded so far."""
@@ -38,10 +40,11 @@ class Delivery:
     def ahead(self, frames: int) -> float:
         """Seconds by which `frames` spoken frames lead the playback, which runs from when the first chunk was taken."""
         taken = self._stream.first_taken_at
-        return frames * FRAME_SECONDS - (time.monotonic() - taken if taken is not None else 0.0)
+        played = time.monotonic() - taken - self._dry_s if taken is not None else 0.0
+        return frames * FRAME_SECONDS - self.skipped / SAMPLE_RATE - played
 
     def due(self, buffered: int, frames: int, frame_cost_s: float) -> int:
-        """How many of `buffered` frames to decode now: all of the next chunk, or none yet.
+        """How many of `buffered` frames to decode now: all, or none yet because the next chunk is not complete.
 
         The next chunk is the ramp's, or less when the audio already delivered would run out before it is made.
         """
@@ -49,10 +52,14 @@ class Delivery:
         if self._live and self._chunks:
             covered = self.ahead(frames - buffered) / max(frame_cost_s, 1e-4)
             size = min(size, max(1, int(covered)))
-        return size if buffered >= size else 0
+        return buffered if buffered >= size else 0
 
     def deliver(self, samples: np.ndarray, fade: bool) -> None:
         """Hand out decoded samples, float [n] in [-1, 1]; `fade` if the speech is cut at their end."""
+        if self._chunks:
+            # Where the playback ran dry, its clock stood still.
+            self._dry_s += max(0.0, -self.ahead(self._frames))
+        self._frames += len(samples) // FRAME_SAMPLES
         self._listen(samples)
         if self._skip:
             samples = self._without_silence(samples)

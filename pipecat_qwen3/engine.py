@@ -9,6 +9,8 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -16,14 +18,19 @@ from torch import Tensor
 from megakernel.frame_step import PIECE, FrameStep
 from pipecat_qwen3.backend import End
 from pipecat_qwen3.codec import CodecState, FoldedCodec
-from pipecat_qwen3.errors import EngineError, OverloadedError, TextTimeoutError, TTSError
+from pipecat_qwen3.errors import BadRequestError, EngineError, OverloadedError, TextTimeoutError, TTSError
 from pipecat_qwen3.prompt import Prompter, Voice
 from pipecat_qwen3.utterance import TEXT_TIMEOUT_S, Utterance
 
 logger = logging.getLogger(__name__)
 
-PREFIXES = 64
-"""Prefixes whose KV is kept, the least recently used one goes first."""
+PREFIX_POSITIONS = 2048
+"""Positions of all prefixes whose KV is kept: 230 MB on the official sizes, 200 voices without instructions."""
+
+UNTAKEN_S = 60.0
+"""A live voice whose audio nobody begins to take gives its row back after so long."""
+
+NO_ENDS: Mapping[int, End] = MappingProxyType({})
 
 
 class Engine:
@@ -111,9 +118,9 @@ class Engine:
     def _sleep(self) -> None:
         """Wait for a wake-up, or until a voice's credit or its patience with late text runs out."""
         now = time.monotonic()
-        waits = [u.last_text_at + TEXT_TIMEOUT_S - now for u in [*self._resident, *self._waiting] if not u.text.ended]
+        waits = [u.last_text_at + TEXT_TIMEOUT_S - now for u in [*self._resident, *self._waiting] if u.starving]
         for u in self._resident:
-            if u.request.ahead_s is not None:
+            if u.request.ahead_s is not None and u.is_prefilled and u.has_text:
                 waits.append(max(u.delivery.ahead(len(u.codes)) - u.request.ahead_s, 0.02))
         with self._changed:
             if not self._awake:
@@ -130,6 +137,7 @@ class Engine:
         self._admit()
         prefilled = self._prefill()
         ready = self._ready()
+        self._hand_over([u for u in self._resident if u.buffered and u not in ready])
         if ready:
             started = time.monotonic()
             self._advance(ready)
@@ -140,14 +148,16 @@ class Engine:
         """Read every voice's inbox; end those that were cancelled, failed, or ran out of patience."""
         now = time.monotonic()
         for u in [*self._waiting, *self._resident]:
-            error = u.read_inbox()
+            error = _guarded(u.read_inbox)
             if u.stream.cancelled:
                 self._end(u, "cancelled")
             elif error is not None:
                 self._end(u, "error", error)
             elif u.text.ended and not u.tokens:
                 self._end(u, "eos")  # a text stream that never said anything
-            elif not u.text.ended and not u.text_ids and now - u.last_text_at > TEXT_TIMEOUT_S:
+            elif u.stream.first_taken_at is None and u.codes and now - u.first_frame_at > UNTAKEN_S:
+                self._end(u, "error", EngineError(f"nobody took the audio for {UNTAKEN_S:.0f} s; take it or cancel"))
+            elif u.starving and now - u.last_text_at > TEXT_TIMEOUT_S:
                 late = TextTimeoutError(
                     f"no text came for {TEXT_TIMEOUT_S:.0f} s; end the text stream when it is complete"
                 )
@@ -160,15 +170,18 @@ class Engine:
             self._waiting.remove(u)
             u.row = self._free.pop()
             self._resident.append(u)
-            try:
-                self._start(u, u.row)
-            except Exception as error:
-                logger.exception("an utterance could not be started")
-                self._end(u, "error", EngineError(f"the utterance could not be started: {error}"))
+            error = _guarded(self._start, u, u.row)
+            if error is not None:
+                self._end(u, "error", error)
 
     def _start(self, u: Utterance, row: int) -> None:
         text = list(u.text_ids) if u.layout == "whole" else []
         prompt = u.prompt = self.prompter.build(u.voice, u.instruct_ids, text, u.layout)
+        if prompt.positions >= self.step.positions:
+            raise BadRequestError(
+                f"the prompt has {prompt.positions} positions and its row holds {self.step.positions}; "
+                "shorten the text or the instruction, or open the model with more positions"
+            )
         self.step.admit(row, prompt.pending, u.stream.seed, u.sampling)
         self.state.reset(row)
         prefix = self._prefixes.get(u.voice)
@@ -187,13 +200,20 @@ class Engine:
             (u.prompt.shared, 0, shared) if start < shared else (u.prompt.rest, shared, u.prompt.positions)
         )
         stop = min((start // PIECE + 1) * PIECE, end)
-        self.step.prefill(u.row, part[start - offset : stop - offset])
+        error = _guarded(self.step.prefill, u.row, part[start - offset : stop - offset])
+        if error is not None:
+            self._end(u, "error", error)
+            return True
         u.prefilled = stop
         if stop == shared:
-            self._prefixes[u.voice] = self.step.save_prefix(u.row)
-            if len(self._prefixes) > PREFIXES:
-                self._prefixes.popitem(last=False)
+            self._remember(u.voice, self.step.save_prefix(u.row))
         return True
+
+    def _remember(self, voice: Voice, prefix: Tensor) -> None:
+        """Keep a prefix's KV [L, 2, kv_heads, positions, D], and forget the least recently used beyond the limit."""
+        self._prefixes[voice] = prefix
+        while len(self._prefixes) > 1 and sum(p.shape[3] for p in self._prefixes.values()) > PREFIX_POSITIONS:
+            self._prefixes.popitem(last=False)
 
     def _ready(self) -> list[Utterance]:
         """Voices that can speak a frame now; when columns are short, those least ahead of their playback."""
@@ -211,38 +231,45 @@ class Engine:
         """One frame for the ready voices, then the chunks that are due."""
         ids = self.prompter.config.ids
         text = self.prompter.texts([u.next_text(ids.tts_eos, ids.tts_pad) for u in ready])
-        codes = self.step.step([u.row for u in ready if u.row is not None], text)
+        rows = [u.row for u in ready if u.row is not None]
+        codes = self.step.step(rows, text)
         ends: dict[int, End] = {}
-        for b, (u, values) in enumerate(zip(ready, codes.cpu().numpy(), strict=True)):
+        for b, (u, row, values) in enumerate(zip(ready, rows, codes.cpu().numpy(), strict=True)):
             if values[0] == ids.codec_eos:
                 ends[id(u)] = "eos"
                 continue
             u.spoke(values)
             u.buffered.append(codes[b])
-            end = u.must_end(self.step.positions - self.step.position(u.row or 0))
+            end = u.must_end(self.step.positions - self.step.position(row))
             if end is not None:
                 ends[id(u)] = end
         self._decode(ready, ends)
         for u in ready:
             end = ends.get(id(u))
             if end is not None:
-                u.delivery.last_words(natural=end == "eos")
+                u.delivery.last_words(natural=end == "eos" and u.finished_text)
                 self._end(u, end)
 
     def _decode(self, ready: list[Utterance], ends: dict[int, End]) -> None:
         """Decode and deliver what is due, voices with equally many frames in one call."""
-        groups: dict[int, list[Utterance]] = {}
+        due = {}
         for u in ready:
             n = len(u.buffered)
-            due = n if id(u) in ends else u.delivery.due(n, len(u.codes), self._frame_cost_s)
-            if due and not u.stream.cancelled:
-                groups.setdefault(due, []).append(u)
-        for frames, voices in groups.items():
-            codes = torch.stack([torch.stack(u.buffered[:frames], -1) for u in voices])
-            rows = torch.tensor([u.row for u in voices], device=codes.device)
+            due[id(u)] = n if id(u) in ends else u.delivery.due(n, len(u.codes), self._frame_cost_s)
+        self._hand_over([u for u in ready if due[id(u)]], ends)
+
+    def _hand_over(self, voices: list[Utterance], ends: Mapping[int, End] = NO_ENDS) -> None:
+        """Decode and deliver all buffered frames: of a chunk that is due, or of a voice that cannot go on for now."""
+        groups: dict[int, list[Utterance]] = {}
+        for u in voices:
+            if not u.stream.cancelled:
+                groups.setdefault(len(u.buffered), []).append(u)
+        for members in groups.values():
+            codes = torch.stack([torch.stack(u.buffered, -1) for u in members])
+            rows = torch.tensor([u.row for u in members], device=codes.device)
             samples = self.codec.decode(codes, self.state, rows).cpu().numpy()
-            for u, wave in zip(voices, samples, strict=True):
-                del u.buffered[:frames]
+            for u, wave in zip(members, samples, strict=True):
+                u.buffered.clear()
                 u.delivery.deliver(wave, fade=ends.get(id(u), "eos") != "eos")
 
     def _end(self, u: Utterance, end: End, error: TTSError | None = None) -> None:
@@ -263,3 +290,14 @@ class Engine:
             self._inbox.clear()
         for u in [*self._resident, *self._waiting]:
             self._end(u, "error", error)
+
+
+def _guarded(work: Callable[..., TTSError | None], *arguments: object) -> TTSError | None:
+    """Do one voice's work; what goes wrong in it is returned, so that it ends this voice and no other."""
+    try:
+        return work(*arguments)
+    except TTSError as error:
+        return error
+    except Exception as error:
+        logger.exception("an utterance failed")
+        return EngineError(f"the utterance failed: {type(error).__name__}: {error}")

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import math
 import secrets
 import threading
 import time
@@ -19,7 +18,7 @@ from pipecat_qwen3.codec import CodecState
 from pipecat_qwen3.config import Generation
 from pipecat_qwen3.device import pick_device, pick_dtype
 from pipecat_qwen3.engine import Engine
-from pipecat_qwen3.errors import BackendError, BadRequestError
+from pipecat_qwen3.errors import BackendError, BadRequestError, TTSError
 from pipecat_qwen3.prompt import Prompter, resolve_voice
 from pipecat_qwen3.talker import decode_weights
 from pipecat_qwen3.text import TextStream, encode
@@ -77,7 +76,11 @@ class LocalBackend:
         prompter = Prompter(self.config, text_table, codec_table, role)
         self.engine = Engine(step, codec, state, prompter, threads=1 if small else None)
         progress("warming")
-        self._warm()
+        try:
+            self._warm()
+        except BaseException:
+            self.engine.close()
+            raise
         self.load_s = time.monotonic() - began
 
     @classmethod
@@ -130,7 +133,8 @@ class LocalBackend:
     @classmethod
     def shared(cls, model: str = EMBEDDED, *, device: str = "auto", dtype: str = "auto") -> "LocalBackend":
         """The process's one engine for (model, device, dtype), opened by whoever asks first; blocks meanwhile."""
-        key = (model, device, dtype)
+        where = pick_device(device)
+        key = (model, where.type, str(pick_dtype(dtype, where)))
         with cls._shared_lock:
             backend = cls._shared.get(key)
             if backend is None or not backend.ready:
@@ -161,6 +165,9 @@ class LocalBackend:
     def close(self) -> None:
         """End every voice and the engine thread; idempotent."""
         self.engine.close()
+        for key, backend in list(self._shared.items()):
+            if backend is self:
+                self._shared.pop(key, None)
 
     def speak(self, request: Request) -> Stream:
         """Queue an utterance and return its stream at once.
@@ -175,16 +182,23 @@ class LocalBackend:
             utterance.end()
             self._check_room(utterance, text)
             self.engine.submit(utterance)
-        else:
+            return utterance.stream
+        try:
             loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise BadRequestError("a text iterator is read by an event loop: call speak() from a coroutine") from None
+        reader = loop.create_task(_read(text, utterance))
+
+        def stop_reading() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed already
+                loop.call_soon_threadsafe(reader.cancel)
+
+        utterance.stop_reading = stop_reading
+        try:
             self.engine.submit(utterance)
-            reader = loop.create_task(_read(text, utterance))
-
-            def stop_reading() -> None:
-                with contextlib.suppress(RuntimeError):  # the loop is closed already
-                    loop.call_soon_threadsafe(reader.cancel)
-
-            utterance.stop_reading = stop_reading
+        except TTSError:
+            reader.cancel()
+            raise
         return utterance.stream
 
     def _utterance(self, request: Request) -> Utterance:
@@ -220,7 +234,8 @@ class LocalBackend:
     def _check_room(self, utterance: Utterance, text: str) -> None:
         tokens = len(encode(self.tokenizer, text))
         prompt = 16 + len(utterance.instruct_ids) + (tokens if utterance.layout == "whole" else 0)
-        if prompt + FRAMES_PER_TOKEN * tokens > self.engine.step.positions:
+        frames = min(FRAMES_PER_TOKEN * tokens, utterance.request.max_frames or self.engine.step.positions)
+        if prompt + frames > self.engine.step.positions:
             raise BadRequestError(
                 f"the text has {tokens} tokens, which with their speech do not fit into {self.engine.step.positions} "
                 "positions; speak it sentence by sentence, or open the model with more positions"
@@ -244,6 +259,11 @@ async def _read(text: AsyncIterator[str], utterance: Utterance) -> None:
         async for piece in text:
             utterance.feed(piece)
         utterance.end()
+    except asyncio.CancelledError:
+        utterance.fail(BadRequestError("the text iterator was cancelled before the text had ended"))
+        raise
+    except TTSError as error:
+        utterance.fail(error)
     except Exception as error:
         utterance.fail(BadRequestError(f"the text iterator failed: {type(error).__name__}: {error}"))
 
@@ -253,31 +273,36 @@ def _check(request: Request) -> None:
     if isinstance(request.text, str) and not request.text.strip():
         raise BadRequestError("the text is empty; give at least one word")
     if not isinstance(request.text, (str, AsyncIterator)):
-        raise BadRequestError(f"text should be a string or an async iterator of strings, but is {type(request.text)}")
+        raise BadRequestError(f"text should be a string or an async iterator of strings, but is {request.text!r}")
     if request.layout not in (None, "whole", "streaming"):
         raise BadRequestError(f"layout should be 'whole' or 'streaming', but is {request.layout!r}")
-    if request.seed is not None and not 0 <= request.seed < 2**63:
-        raise BadRequestError(f"seed should lie in 0..2^63-1, but is {request.seed}")
-    for name in ("temperature", "predictor_temperature", "repetition_penalty"):
+    for name, least in (("seed", 0), ("top_k", 0), ("predictor_top_k", 0), ("max_frames", 1)):
         value = getattr(request, name)
-        if value is not None and not (math.isfinite(value) and 0 < value <= 100):
-            raise BadRequestError(
-                f"{name} should be a number above 0, but is {value}; for no sampling at all set greedy"
-            )
-    for name in ("top_p", "predictor_top_p"):
+        if value is not None and not (_is_integer(value) and least <= value < 2**63):
+            raise BadRequestError(f"{name} should be an integer from {least} to 2^63-1, but is {value!r}")
+    for name, least, most in (
+        ("temperature", 0.001, 100.0),
+        ("predictor_temperature", 0.001, 100.0),
+        ("repetition_penalty", 0.01, 100.0),
+        ("top_p", 0.001, 1.0),
+        ("predictor_top_p", 0.001, 1.0),
+    ):
         value = getattr(request, name)
-        if value is not None and not 0 < value <= 1:
-            raise BadRequestError(f"{name} should lie above 0 and up to 1, but is {value}")
-    for name in ("top_k", "predictor_top_k"):
-        value = getattr(request, name)
-        if value is not None and value < 0:
-            raise BadRequestError(f"{name} should be 0 (all) or more, but is {value}")
-    if request.max_frames is not None and request.max_frames < 1:
-        raise BadRequestError(f"max_frames should be at least 1, but is {request.max_frames}")
-    if not request.ramp or min(request.ramp) < 1:
+        if value is not None and not (isinstance(value, int | float) and least <= value <= most):
+            hint = "; for no sampling at all set greedy" if "temperature" in name else ""
+            raise BadRequestError(f"{name} should be a number from {least} to {most:g}, but is {value!r}{hint}")
+    if not request.ramp or not all(_is_integer(size) and size >= 1 for size in request.ramp):
         raise BadRequestError(f"ramp should hold chunk sizes of at least one frame, but is {request.ramp}")
-    if request.ahead_s is not None and not request.ahead_s > 0:
-        raise BadRequestError(f"ahead_s should be above 0 or None, but is {request.ahead_s}")
+    if request.ahead_s is not None and not (isinstance(request.ahead_s, int | float) and request.ahead_s > 0):
+        raise BadRequestError(f"ahead_s should be a number above 0, or None, but is {request.ahead_s!r}")
+    for name in ("voice", "language", "instruct"):
+        value = getattr(request, name)
+        if value is not None and not isinstance(value, str):
+            raise BadRequestError(f"{name} should be a string, but is {value!r}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _sampling(files: Generation, request: Request) -> Sampling:

@@ -44,14 +44,13 @@ class Voice:
 class Prompt:
     """What an utterance starts from.
 
-    shared    [n, H]   leading positions that depend on `voice` alone: their KV is cached
+    shared    [n, H]   leading positions that depend on the Voice alone: their KV is cached
     rest      [m, H]   the further prefilled positions (the whole text, or none)
     pending   [H]      the first frame's input without its text embedding
     text      ids that the frames add, one each; afterwards `pad` for ever
     primer    int64 [C, T] codes that the codec decodes, unheard, before the first frame (voice cloning), or None
     """
 
-    voice: Voice
     shared: Tensor
     rest: Tensor
     pending: Tensor
@@ -128,9 +127,9 @@ class Prompter:
         )
         pending = self.codes([ids.codec_bos])[0]
         if layout == "streaming":
-            return Prompt(voice, shared, shared[:0], pending, tuple(text))
+            return Prompt(shared, shared[:0], pending, tuple(text))
         rest = self.texts([*text, ids.tts_eos]) + self.codes([ids.codec_pad])
-        return Prompt(voice, shared, rest, pending, ())
+        return Prompt(shared, rest, pending, ())
 
     def texts(self, ids: Sequence[int]) -> Tensor:
         """Projected text embeddings [n, H]."""

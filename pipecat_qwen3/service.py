@@ -4,6 +4,7 @@ Knows a Backend and nothing of what is behind it: no torch, no talker, no socket
 """
 
 import asyncio
+import atexit
 import inspect
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import Future
@@ -33,6 +34,8 @@ from pipecat_qwen3.playback import Playback, Resampler, is_spaceless
 from pipecat_qwen3.service_settings import CATEGORIES, LANGUAGES, SPOKEN_SETTINGS, Qwen3TTSSettings, as_pipecat_language
 
 _SLOW_LOAD_S = 10.0
+
+_EXIT_WAIT_S = 30.0
 """Half of what a pipeline grants its processors to set up."""
 
 _PATIENCE_S = 30.0
@@ -239,7 +242,7 @@ class Qwen3TTSService(TTSService):
                     playback.spoken = True
                     yield TTSAudioRawFrame(pcm, self.sample_rate, 1, context_id=context_id)
                 await self.add_word_timestamps(words, context_id, includes_inter_frame_spaces=spaceless)
-            if pcm := await resample.flush():
+            if not stream.cancelled and (pcm := await resample.flush()):
                 yield TTSAudioRawFrame(pcm, self.sample_rate, 1, context_id=context_id)
             self._warn_of_bad_end(stream.result, text)
         except asyncio.CancelledError:
@@ -314,7 +317,10 @@ def _load_shared(model: str, device: str, dtype: str) -> Future[Backend]:
         except Exception as error:
             loading.set_exception(error)
 
-    Thread(target=load, name="pipecat-qwen3-load", daemon=True).start()
+    thread = Thread(target=load, name="pipecat-qwen3-load", daemon=True)
+    thread.start()
+    # A thread that is torn down inside torch at the interpreter's exit takes the process with it.
+    atexit.register(thread.join, _EXIT_WAIT_S)
     return loading
 
 

@@ -93,15 +93,17 @@ def decode_weights(talker: Talker, device: torch.device | str | None = None) -> 
 
     tables: list[Tensor] = [talker.model.codec_embedding.weight[: shape.codes]]
     tables += [table.get_parameter("weight") for table in predictor.model.codec_embedding]
-    embeddings = torch.stack(tables)
+    embeddings = move(torch.stack(tables))
     projection = predictor.small_to_mtp_projection
-    inputs = torch.stack([predictor.project(table) for table in embeddings[:-1]])
+    inputs = embeddings[:-1]
+    if not isinstance(projection, nn.Identity):
+        inputs = move(torch.stack([predictor.project(table) for table in tables[:-1]]))
     return FrameWeights(
         talker=moved(stack_weights(talker.model.layers, talker.model.norm, shape.talker)),
         predictor=moved(stack_weights(predictor.model.layers, predictor.model.norm, shape.predictor)),
         codec_head=move(talker.codec_head.weight),
         heads=move(torch.stack([head.get_parameter("weight") for head in predictor.lm_head])),
-        embeddings=move(embeddings),
-        inputs=move(inputs),
+        embeddings=embeddings,
+        inputs=inputs,
         projection=None if isinstance(projection, nn.Identity) else (move(projection.weight), move(projection.bias)),
     )

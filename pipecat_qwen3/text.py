@@ -6,6 +6,7 @@ id (an arbitrary cut changes earlier ids in more than half of all cases). Knows 
 
 import re
 import threading
+import unicodedata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,11 +25,16 @@ _HELD = 4
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Ids of user text; a control token spelt out in it is plain text. Safe from any thread."""
     with _ONE_AT_A_TIME:
-        return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids  # type: ignore[return-value]
+        return tokenizer(well_formed(text), add_special_tokens=False, split_special_tokens=True).input_ids  # type: ignore[return-value]
+
+
+def well_formed(text: str) -> str:
+    """The text with surrogate pairs joined and lone surrogates replaced: what UTF-8 and the tokenizer can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class TextStream:
-    """Grows by `feed`, closes by `end`; `take` gives the ids that no later text can change."""
+    """Grows by `feed`, closes by `end`; both return the ids that no later text can change."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
@@ -48,6 +54,8 @@ class TextStream:
     def end(self) -> list[int]:
         """No more text will come: the remaining ids."""
         self.ended = True
+        if not self._started and not self._held.strip():
+            return []  # whitespace alone is nothing to speak
         return self._release(len(self._held))
 
     def _release(self, cut: int) -> list[int]:
@@ -65,5 +73,7 @@ def _safe_cut(text: str) -> int:
         cut = match.start()
     run = text[cut:]
     if len(run) > _RUN and all(ord(c) >= 0x2E80 for c in run[-_HELD - 1 :]):
-        return len(text) - _HELD
+        cut = len(text) - _HELD
+        while cut and unicodedata.combining(text[cut]):
+            cut -= 1
     return cut

@@ -15,9 +15,9 @@ from torch import Tensor
 from megakernel.sampler import Sampling
 from pipecat_qwen3.backend import End, Layout, Request, Result, Stream
 from pipecat_qwen3.delivery import Delivery
-from pipecat_qwen3.errors import TTSError
+from pipecat_qwen3.errors import BadRequestError, TTSError
 from pipecat_qwen3.prompt import Prompt, Voice
-from pipecat_qwen3.text import TextStream
+from pipecat_qwen3.text import TextStream, well_formed
 from pipecat_qwen3.words import Rate, WordTimes
 
 TEXT_TIMEOUT_S = 30.0
@@ -33,7 +33,7 @@ SILENCE_S = 3.0
 """So much silence after the text has ended is a runaway."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Utterance:
     """A request on its way through the engine.
 
@@ -64,6 +64,8 @@ class Utterance:
     same_code: int = 0
     stop_reading: Callable[[], None] = lambda: None
     last_text_at: float = field(default_factory=time.monotonic)
+    first_frame_at: float = 0.0
+    _half: str = ""
     _inbox: deque[str | TTSError | None] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -73,8 +75,14 @@ class Utterance:
     # -- any thread ------------------------------------------------------------------------------------------
 
     def feed(self, text: str) -> None:
-        """Append text."""
-        self._inbox.append(text)
+        """Append text. Raises BadRequestError for what is no string."""
+        if not isinstance(text, str):
+            raise BadRequestError(f"a piece of text should be a string, but is {text!r}")
+        # JSON deltas may cut an emoji between its two surrogates: the first one waits for the second.
+        text = self._half + text
+        cut = len(text) - 1 if text and "\ud800" <= text[-1] <= "\udbff" else len(text)
+        self._half = text[cut:]
+        self._inbox.append(well_formed(text[:cut]))
         self.wake()
 
     def end(self) -> None:
@@ -116,6 +124,11 @@ class Utterance:
         self.tokens += len(ids)
 
     @property
+    def starving(self) -> bool:
+        """Nothing can happen before more text, or its end, has come."""
+        return not self.text.ended and (self.layout == "whole" or not self.text_ids)
+
+    @property
     def can_start(self) -> bool:
         """The prompt can be built: at once in the streaming layout, when all text is there in the whole layout."""
         return self.layout == "streaming" or self.text.ended
@@ -132,18 +145,20 @@ class Utterance:
 
     def next_text(self, eos: int, pad: int) -> int:
         """The id that the next frame adds to its input."""
-        if self.layout == "whole" or self.finished_text:
-            self.finished_text = True
-            return pad
-        if self.text_ids:
+        if self.layout == "streaming" and self.text_ids:
+            self.last_text_at = time.monotonic()  # patience with late text begins when the talker runs out of it
             return self.text_ids.popleft()
-        self.finished_text = True
-        return eos
+        ended_before, self.finished_text = self.finished_text, True
+        return pad if ended_before or self.layout == "whole" else eos
 
     def spoke(self, code: np.ndarray) -> None:
         """Account for a spoken frame's codes, int [C]."""
-        same = bool(self.codes) and self.codes[-1][0] == code[0]
+        if not self.codes:
+            self.first_frame_at = time.monotonic()
+        same = self.finished_text and bool(self.codes) and self.codes[-1][0] == code[0]
         self.same_code = self.same_code + 1 if same else 1
+        if not self.finished_text:
+            self.delivery.silent_s = 0.0
         self.codes.append(code)
 
     def must_end(self, room: int) -> End | None:

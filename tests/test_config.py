@@ -214,7 +214,7 @@ NEEDED = {
         *(f"talker_config.{key}" for key in (*TALKER_KEYS, *STACK_KEYS)),
         *(f"talker_config.code_predictor_config.{key}" for key in STACK_KEYS),
     ],
-    GENERATE: list(GENERATION),
+    GENERATE: [key for key in GENERATION if key != "max_new_tokens"],  # the length cap comes from the text
     CODEC: [
         *words("model_type output_sample_rate decode_upsample_rate decoder_config"),
         *(f"decoder_config.{key}" for key in (*DECODER_KEYS, *STACK_KEYS)),

@@ -1,6 +1,7 @@
 """The engine with the embedded voice: many voices, joins and cancels, text as a stream, guards, chunks."""
 
 import asyncio
+import contextlib
 import random
 import threading
 import time
@@ -257,6 +258,140 @@ async def test_late_text_ends_with_an_error(embedded: LocalBackend, monkeypatch:
             pass
 
 
+async def every(*items) -> AsyncIterator[str]:
+    for item in items:
+        yield item
+
+
+async def finish(stream: Stream) -> Stream:
+    with contextlib.suppress(TTSError):
+        async for _ in stream:
+            pass
+    return stream
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        (lambda: Request(text=every("Hello ", 5, " there")), "a piece of text should be a string, but is 5"),
+        (lambda: Request(text=every("Hello ", None, " there")), "a piece of text should be a string, but is None"),
+        (lambda: Request(text=every("word " * 1200), layout="whole"), "shorten the text"),
+    ],
+)
+async def test_one_voice_with_bad_text_ends_alone(embedded: LocalBackend, wanted, says: str) -> None:
+    bystander = embedded.speak(Request(text=SENTENCES[0], seed=1, ahead_s=None))
+    bad = await finish(embedded.speak(wanted()))
+    await finish(bystander)
+    assert bad.result is not None
+    assert isinstance(bad.result.error, BadRequestError)
+    assert says in str(bad.result.error)
+    assert bystander.wait(5).end == "eos"
+
+
+async def test_a_failure_inside_one_voice_ends_that_voice_alone(
+    embedded: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill = embedded.engine.step.prefill
+
+    def broken(row, embeds):
+        if any(u.row == row and u.stream.seed == 13 for u in embedded.engine._resident):
+            raise RuntimeError("out of luck")
+        prefill(row, embeds)
+
+    monkeypatch.setattr(embedded.engine.step, "prefill", broken)
+    streams = [embedded.speak(Request(text=SENTENCES[1], seed=s, ahead_s=None)) for s in (1, 13, 2)]
+    ends = [(await finish(stream)).wait(5).end for stream in streams]
+    assert ends == ["eos", "error", "eos"]
+
+
+async def test_an_emoji_cut_between_its_surrogates_is_one_emoji(embedded: LocalBackend) -> None:
+    stream = embedded.speak(Request(text=every("Fine \ud83d", "\ude00 thanks", " \ud83d"), seed=1))
+    words = [w async for chunk in stream for w, _ in chunk.words]
+    assert words[:3] == ["Fine", "😀", "thanks"]
+    assert stream.result is not None
+    assert stream.result.end == "eos"
+
+
+async def test_whitespace_alone_is_nothing_to_speak(embedded: LocalBackend) -> None:
+    stream = await finish(embedded.speak(Request(text=every(" ", "  ", " \t "))))
+    assert stream.result is not None
+    assert (stream.result.end, stream.result.frames) == ("eos", 0)
+
+
+def test_an_iterator_without_an_event_loop_is_refused(embedded: LocalBackend) -> None:
+    with pytest.raises(BadRequestError, match="call speak\\(\\) from a coroutine"):
+        embedded.speak(Request(text=every("Hello")))
+
+
+@pytest.mark.parametrize("layout", ["whole", "streaming"])
+async def test_a_text_that_stalls_sleeps_and_times_out(
+    embedded: LocalBackend, monkeypatch: pytest.MonkeyPatch, layout
+) -> None:
+    monkeypatch.setattr("pipecat_qwen3.engine.TEXT_TIMEOUT_S", 0.5)
+    ticks = 0
+    tick = embedded.engine._tick
+
+    def counted() -> bool:
+        nonlocal ticks
+        ticks += 1
+        return tick()
+
+    monkeypatch.setattr(embedded.engine, "_tick", counted)
+
+    async def text() -> AsyncIterator[str]:
+        yield "Hello there "
+        await asyncio.sleep(30)
+
+    stream = await finish(embedded.speak(Request(text=text(), layout=layout)))
+    assert stream.result is not None
+    assert isinstance(stream.result.error, TextTimeoutError)
+    assert ticks < 60
+
+
+async def test_a_voice_that_waits_for_text_hands_over_all_it_has_made(embedded: LocalBackend) -> None:
+    gate = asyncio.Event()
+
+    async def text() -> AsyncIterator[str]:
+        yield "The weather will be cold and dry tomorrow in the north "
+        await gate.wait()
+        yield "and the south."
+
+    stream = embedded.speak(Request(text=text(), seed=4))
+    samples = 0
+    with contextlib.suppress(TimeoutError):
+        while True:
+            async with asyncio.timeout(1.0):
+                samples += len((await anext(stream)).pcm)
+    (voice,) = embedded.engine._resident
+    assert samples == len(voice.codes) * FRAME_SAMPLES > 0
+    gate.set()
+    await finish(stream)
+
+
+async def test_a_chunk_larger_than_the_credit_does_not_stall(embedded: LocalBackend) -> None:
+    stream = embedded.speak(Request(text=SENTENCES[1], seed=1, ramp=(8,), ahead_s=0.5))
+    await asyncio.wait_for(finish(stream), 10)
+    assert stream.result is not None
+    assert stream.result.end == "eos"
+
+
+def test_audio_that_nobody_takes_gives_the_row_back(embedded: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipecat_qwen3.engine.UNTAKEN_S", 0.3)
+    stream = embedded.speak(Request(text=SENTENCES[0], seed=1, ahead_s=0.5))
+    assert stream.wait(5).end == "error"
+    assert len(embedded.engine._free) == embedded.engine.step.rows
+
+
+async def test_a_text_whose_reader_is_cancelled_ends(embedded: LocalBackend) -> None:
+    async def text() -> AsyncIterator[str]:
+        yield "Hello there "
+        raise asyncio.CancelledError
+
+    stream = await finish(embedded.speak(Request(text=text())))
+    assert stream.result is not None
+    assert "cancelled before the text had ended" in str(stream.result.error)
+
+
 async def test_cancelling_stops_reading_the_text(embedded: LocalBackend) -> None:
     closed = asyncio.Event()
 
@@ -385,15 +520,22 @@ def test_words_arrive_in_order_within_the_audio(embedded: LocalBackend) -> None:
             UnknownNameError,
             "no language 'klingon'; this checkpoint has auto, english",
         ),
-        (Request(text="Hi", temperature=0.0), BadRequestError, "temperature should be a number above 0"),
-        (Request(text="Hi", temperature=float("nan")), BadRequestError, "temperature should be a number above 0"),
-        (Request(text="Hi", top_p=1.5), BadRequestError, "top_p should lie above 0 and up to 1"),
-        (Request(text="Hi", top_k=-1), BadRequestError, "top_k should be 0"),
+        (Request(text="Hi", temperature=0.0), BadRequestError, "temperature should be a number from 0.001 to 100"),
+        (Request(text="Hi", temperature=float("nan")), BadRequestError, "temperature should be a number from 0.001"),
+        (Request(text="Hi", temperature=1e-38), BadRequestError, "for no sampling at all set greedy"),
+        (Request(text="Hi", temperature="0.9"), BadRequestError, "but is '0.9'"),  # type: ignore[arg-type]
+        (Request(text="Hi", top_p=1.5), BadRequestError, "top_p should be a number from 0.001 to 1, but is 1.5"),
+        (Request(text="Hi", top_k=-1), BadRequestError, "top_k should be an integer from 0"),
+        (Request(text="Hi", top_k=40.0), BadRequestError, "top_k should be an integer"),  # type: ignore[arg-type]
+        (Request(text="Hi", seed=1.5), BadRequestError, "seed should be an integer"),  # type: ignore[arg-type]
+        (Request(text="Hi", ramp=(1.5,)), BadRequestError, "ramp should hold"),  # type: ignore[arg-type]
+        (Request(text="Hi", voice=7), BadRequestError, "voice should be a string"),  # type: ignore[arg-type]
+        (Request(text=7), BadRequestError, "text should be a string or an async iterator"),  # type: ignore[arg-type]
         (Request(text="Hi", repetition_penalty=0.0), BadRequestError, "repetition_penalty"),
-        (Request(text="Hi", seed=-1), BadRequestError, "seed should lie in 0"),
-        (Request(text="Hi", max_frames=0), BadRequestError, "max_frames should be at least 1"),
+        (Request(text="Hi", seed=-1), BadRequestError, "seed should be an integer from 0"),
+        (Request(text="Hi", max_frames=0), BadRequestError, "max_frames should be an integer from 1"),
         (Request(text="Hi", ramp=()), BadRequestError, "ramp should hold"),
-        (Request(text="Hi", ahead_s=-1.0), BadRequestError, "ahead_s should be above 0"),
+        (Request(text="Hi", ahead_s=-1.0), BadRequestError, "ahead_s should be a number above 0"),
         (Request(text="Hi", layout="fast"), BadRequestError, "layout should be"),  # type: ignore[arg-type]
         (Request(text="word " * 600), BadRequestError, "speak it sentence by sentence"),
     ],

@@ -93,6 +93,19 @@ def test_draw_never_takes_an_impossible_code_at_either_end() -> None:
     assert draw(logits, torch.tensor([0.0, 1.0 - 2.0**-24])).tolist() == [7, 41]
 
 
+def test_no_rounding_of_the_partial_sums_lets_an_impossible_code_win() -> None:
+    g = torch.Generator().manual_seed(6)
+    logits = torch.randn(64, 3072, generator=g)
+    logits[:, 2048:] = float("-inf")
+    logits[:, 2150] = torch.randn(64, generator=g)
+    for logits_ in (logits, logits.masked_fill(logits < logits.topk(50).values[:, -1:], float("-inf"))):
+        cumulative = logits_.double().softmax(-1).cumsum(-1).float()
+        edges = torch.cat([cumulative[:, 31::32], torch.ones(64, 1)], 1)
+        for u in [x for e in edges.T for x in (e, e.nextafter(torch.zeros(())), (e + 6e-8).clamp(max=1 - 2**-24))]:
+            got = draw(logits_, u.clamp(max=1 - 2**-24))
+            assert logits_.gather(1, got[:, None]).isfinite().all()
+
+
 def test_a_column_draws_the_same_whatever_stands_beside_it() -> None:
     logits = torch.randn(6, 512, generator=torch.Generator().manual_seed(4)) * 3
     u = torch.rand(6, generator=torch.Generator().manual_seed(5))

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from training.codebooks import Codebooks
 from training.features import FRAME, acoustic_vectors
-from training.flite import PHONES, RATE, record
+from training.flite import PHONES, RATE, VOICES, record
 from training.text import Texts, held_out
 
-VOICES = ("slt", "rms")
 UTTERANCES = 400
 MAX_FRAMES = 150
 LEAD_S, TAIL_S = 0.05, 0.14

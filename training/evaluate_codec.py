@@ -19,9 +19,9 @@ import torch
 
 from pipecat_qwen3.checkpoint import Checkpoint
 from training.codec_loss import RATE as CODEC_RATE
-from training.data import HELD_OUT, VOICES, read_shard
+from training.data import HELD_OUT, read_shard
 from training.features import FRAME, log_mel
-from training.flite import RATE
+from training.flite import RATE, VOICES
 
 
 def write_wav(path: Path, samples: np.ndarray) -> None:

@@ -17,6 +17,9 @@ RATE = 16_000
 STRETCH = {"slt": 1.1, "rms": 1.0}
 """The voices, with their durations' stretch: slt speaks a little slower, the recogniser then hears her better."""
 
+VOICES = tuple(STRETCH)
+"""Voice 0 and voice 1 of the shards."""
+
 _PHONES = "pau aa ae ah ao aw ax ay b ch d dh eh er ey f g hh ih iy jh k l m n ng ow oy p r s sh t th uh uw v w y z zh"
 PHONES = tuple(_PHONES.split())
 """flite's US English phones; "pau" (a pause) is 0."""

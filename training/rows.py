@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipecat_qwen3.backend import Layout
 from pipecat_qwen3.config import ModelConfig
-from training.data import VOICES
+from training.flite import VOICES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
