@@ -34,9 +34,10 @@ from pipecat_qwen3.playback import Playback, Resampler, is_spaceless
 from pipecat_qwen3.service_settings import CATEGORIES, LANGUAGES, SPOKEN_SETTINGS, Qwen3TTSSettings, as_pipecat_language
 
 _SLOW_LOAD_S = 10.0
+"""Half of what a pipeline grants its processors to set up."""
 
 _EXIT_WAIT_S = 30.0
-"""Half of what a pipeline grants its processors to set up."""
+"""A process that exits while a model loads waits for the loading to end, so long at most."""
 
 _PATIENCE_S = 30.0
 """An engine that gives nothing for so long is reported; uninterruptible speech would wait for it for ever."""
@@ -319,8 +320,14 @@ def _load_shared(model: str, device: str, dtype: str) -> Future[Backend]:
 
     thread = Thread(target=load, name="pipecat-qwen3-load", daemon=True)
     thread.start()
-    # A thread that is torn down inside torch at the interpreter's exit takes the process with it.
-    atexit.register(thread.join, _EXIT_WAIT_S)
+
+    def end() -> None:
+        # A thread that is torn down inside torch at the interpreter's exit takes the process with it.
+        thread.join(_EXIT_WAIT_S)
+        if loading.done() and loading.exception() is None:
+            loading.result().close()
+
+    atexit.register(end)
     return loading
 
 

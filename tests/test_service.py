@@ -809,3 +809,10 @@ async def test_a_pipeline_that_gives_up_leaves_the_load_alone(gate, monkeypatch)
 async def test_text_reaches_the_client_before_it_is_spoken(backend):
     down, _ = await speak(Qwen3TTSService(backend=backend), TTSSpeakFrame("Hello there."))
     assert kinds(down, AggregatedTextFrame, TTSStartedFrame)[:2] == [AggregatedTextFrame, TTSStartedFrame]
+
+
+@pytest.mark.parametrize("delay", [0.0, 1.0])
+def test_a_process_that_exits_while_the_model_loads_exits_cleanly(delay):
+    code = f"import time; from pipecat_qwen3 import Qwen3TTSService; s = Qwen3TTSService(); time.sleep({delay})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
