@@ -38,6 +38,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         missing = TTSError(f"the library {error.name} is not installed; run: pip install pipecat-qwen3")
         return _complain(missing, 1, debug)
+    except OSError as error:
+        return _complain(TTSError(f"cannot go on: {error.strerror or error}"), 1, debug)
     except Exception as error:
         return _complain(error, 1, debug, hint=" (a bug? PIPECAT_QWEN3_DEBUG=1 shows where)")
 
@@ -78,7 +80,7 @@ def _set_up_logs(debug: bool) -> None:
     if not debug:
         logger.remove()
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr and sys.stderr.isatty() else "1")
 
 
 def _complain(error: Exception, code: int, debug: bool, hint: str = "") -> int:

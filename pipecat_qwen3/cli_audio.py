@@ -5,6 +5,7 @@ import io
 import os
 import queue
 import shutil
+import stat
 import struct
 import subprocess
 import tempfile
@@ -174,8 +175,16 @@ def find_player() -> str | None:
 
 def check_writable(path: Path) -> None:
     """Refuse, before anything is loaded, a path that cannot become a file. Raises BadRequestError."""
-    if path.is_dir():
+    try:
+        kind = path.stat().st_mode if path.exists() else stat.S_IFREG
+    except OSError as error:
+        raise BadRequestError(f"cannot write {str(path)[:100]}: {error.strerror or error}") from None
+    if stat.S_ISDIR(kind):
         raise BadRequestError(f"cannot write {path}: it is a folder; name a file in it")
+    if not stat.S_ISREG(kind) and str(path) != os.devnull:
+        raise BadRequestError(
+            f"cannot write {path}: it is no ordinary file, and a WAV's header is corrected at its end"
+        )
     if not path.parent.is_dir():
         raise BadRequestError(f"cannot write {path}: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):

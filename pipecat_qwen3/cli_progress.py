@@ -24,7 +24,7 @@ class Progress:
             console=Console(stderr=True),
             refresh_per_second=5,
             transient=True,
-            disable=not sys.stderr.isatty(),
+            disable=sys.stderr is None or not sys.stderr.isatty(),
         )
         self._task = self._bar.add_task("loading", total=1)
         self._began = time.perf_counter()

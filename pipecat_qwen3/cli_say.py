@@ -4,6 +4,7 @@ import asyncio
 import json
 import secrets
 import sys
+import unicodedata
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,15 +22,22 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
+_SHORT = {
+    "cap": "the length limit was reached before the speech had ended: the end of the text may be missing",
+    "runaway": "the model did not stop after its text, so it was stopped; try another --seed",
+}
+"""What an end that nobody asked for means."""
+
 
 def run(args: Namespace) -> int:
     """The command `say`: speak TEXT, or prompt for lines if there is none and a person is there."""
     if args.text is None:
         return _prompt(args)
     text = read_text(args.text)
-    wav = WavFile(Path(args.out or "out.wav"))
-    if args.codes:
+    wav = WavFile(Path("out.wav" if args.out is None else args.out))
+    if args.codes is not None:
         check_writable(Path(args.codes))
+    _check_apart(args)
     from pipecat_qwen3.cli_speech import speak
 
     with Progress() as progress:
@@ -41,11 +49,27 @@ def run(args: Namespace) -> int:
         finally:
             wav.stop()
             backend.close()
-    if args.codes:
+    if args.codes is not None:
         _write_codes(Path(args.codes), spoken.codes)
     facts = facts_of(args, backend, spoken)
     print(json.dumps({**facts, "out": str(wav.path)}) if args.json else f"{wav.path}: {describe(facts)}")
+    if spoken.end in _SHORT and args.max_frames is None:
+        print(f"pipecat-qwen3: {_SHORT[spoken.end]}", file=sys.stderr)
     return INTERRUPTED if spoken.interrupted else 0
+
+
+def _check_apart(args: Namespace) -> None:
+    """Refuse to write the codes over the audio, or either over the text."""
+    files = {"-o": Path("out.wav" if args.out is None else args.out)}
+    if args.codes is not None:
+        files["--codes"] = Path(args.codes)
+    if args.text.startswith("@"):
+        files["TEXT"] = Path(args.text[1:]).expanduser()
+    seen: dict[Path, str] = {}
+    for option, path in files.items():
+        other = seen.setdefault(path.resolve(), option)
+        if other != option:
+            raise BadRequestError(f"{other} and {option} name the same file {path}; give each its own")
 
 
 def read_text(source: str) -> str:
@@ -56,16 +80,18 @@ def read_text(source: str) -> str:
         if source.startswith("@"):
             return speakable(Path(source[1:]).expanduser().read_bytes())
     except OSError as error:
-        raise BadRequestError(f"cannot read {source[1:] or 'standard input'}: {error.strerror or error}") from None
+        name = "standard input" if source == "-" else source[1:] or "a file without a name"
+        raise BadRequestError(f"cannot read {name}: {error.strerror or error}") from None
     return speakable(source.encode(errors="surrogateescape"))
 
 
 def speakable(text: bytes) -> str:
     """UTF-8 as a text with something to say in it. Raises BadRequestError."""
     try:
-        decoded = text.decode()
+        decoded = text.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise BadRequestError("the text is not UTF-8; convert it first") from None
+    decoded = "".join(c for c in decoded if c.isspace() or unicodedata.category(c) != "Cc")
     if not any(character.isalnum() for character in decoded):
         raise BadRequestError("there is nothing to speak: the text has no letter and no digit")
     return decoded.strip()

@@ -114,10 +114,17 @@ async def speak(
 
     stopping: list[asyncio.Task[None]] = []
 
+    async def stop() -> None:
+        # The end of the pipeline waits for the open audio context, and that for audio which will not come.
+        if context_id := service.get_active_audio_context_id():
+            await service.remove_audio_context(context_id)
+        await worker.cancel()
+
     def interrupt() -> None:
-        recorder.interrupt()
-        output.stop()
-        stopping.append(asyncio.get_running_loop().create_task(worker.cancel()))
+        if not stopping:
+            recorder.interrupt()
+            output.stop()
+            stopping.append(asyncio.get_running_loop().create_task(stop()))
 
     runner = WorkerRunner(handle_sigint=False)
     with _on_interrupt(interrupt):
@@ -148,15 +155,21 @@ def _frames(text: str) -> list[Frame]:
 
 @contextlib.contextmanager
 def _on_interrupt(handle: Callable[[], None]) -> Iterator[None]:
-    """Call `handle` at the first Ctrl-C; a second one is Python's own KeyboardInterrupt."""
-    loop = asyncio.get_running_loop()
+    """Call `handle` at Ctrl-C instead of raising KeyboardInterrupt, which would cut through the teardown.
 
-    def once() -> None:
-        loop.remove_signal_handler(signal.SIGINT)
+    After a Ctrl-C further ones are ignored, until the caller restores the signal: what was spoken is still to be saved.
+    """
+    loop = asyncio.get_running_loop()
+    pressed: list[bool] = []
+
+    def press() -> None:
+        pressed.append(True)
         handle()
 
-    loop.add_signal_handler(signal.SIGINT, once)
+    loop.add_signal_handler(signal.SIGINT, press)
     try:
         yield
     finally:
         loop.remove_signal_handler(signal.SIGINT)
+        if pressed:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)

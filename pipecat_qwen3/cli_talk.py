@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -73,7 +74,10 @@ class Conversation:
         try:
             with Progress() as progress:
                 progress.speaking(line, self.args.max_frames)
-                spoken = asyncio.run(speak(self.backend, request, output, progress.heard))
+                try:
+                    spoken = asyncio.run(speak(self.backend, request, output, progress.heard))
+                finally:
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
                 output.close()
                 if isinstance(output, Player):
                     output.wait()

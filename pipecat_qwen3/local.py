@@ -107,10 +107,10 @@ class LocalBackend:
         Raises TTSError: CheckpointError, DownloadError, UnknownNameError, or BackendError for a device, dtype or
         backend that was asked for by name and cannot be had.
         """
-        if not 1 <= max_batch <= 32:
-            raise BadRequestError(f"max_batch should lie in 1..32, but is {max_batch}")
-        if not 64 <= positions <= MAX_POSITIONS:
-            raise BadRequestError(f"positions should lie in 64..{MAX_POSITIONS}, but is {positions}")
+        if not _is_integer(max_batch) or not 1 <= max_batch <= 32:
+            raise BadRequestError(f"max_batch should be an integer in 1..32, but is {max_batch!r}")
+        if not _is_integer(positions) or not 64 <= positions <= MAX_POSITIONS:
+            raise BadRequestError(f"positions should be an integer in 64..{MAX_POSITIONS}, but is {positions!r}")
         where = pick_device(device)
         number_format = pick_dtype(dtype, where)
         try:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import wave
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -780,3 +781,46 @@ def test_at_a_terminal_a_player_plays_what_is_said(
     assert "a seed should be a whole number" in out
     say("Yes.", "--seed", "4", "-o", "a.wav")
     assert heard.read_bytes() == samples(Path("a.wav")).tobytes()
+
+
+def test_a_second_and_a_third_ctrl_c_change_nothing(tmp_path):
+    out, codes = tmp_path / "a.wav", tmp_path / "a.npy"
+    text = " ".join(["The old man walked slowly down the road and smiled at the river."] * 6)
+    command = [sys.executable, "-m", "pipecat_qwen3", "say", text, "-o", str(out), "--codes", str(codes), "--json"]
+    speaker = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not out.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for _ in range(3):
+        speaker.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    said, complained = speaker.communicate(timeout=30)
+    assert (speaker.returncode, complained) == (130, "")
+    facts = json.loads(said)
+    assert facts["end"] == "cancelled"
+    assert np.load(codes).shape == (facts["frames"], 8)
+    with wave.open(str(out)) as heard:
+        assert heard.getnframes() == facts["frames"] * 1920
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["say", "Hi", "-o", "same.wav", "--codes", "same.wav"], "name the same file"),
+        (["say", "@text.txt", "-o", "text.txt"], "name the same file"),
+        (["say", "@"], "a file without a name"),
+        (["say", "Hi", "-o", "a" * 300], "File name too long"),
+    ],
+)
+def test_files_that_cannot_be_meant_are_refused(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("Hello.")
+    assert main(arguments) == 2
+    complaint = capsys.readouterr().err
+    assert says in complaint
+    assert complaint.count("\n") == 1
+    assert (tmp_path / "text.txt").read_text() == "Hello."
+
+
+def test_a_byte_order_mark_and_control_characters_are_not_spoken():
+    assert cli_say.speakable(b"\xef\xbb\xbfHel\x00lo\x07 there.") == "Hello there."
