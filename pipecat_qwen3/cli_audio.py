@@ -181,10 +181,8 @@ def check_writable(path: Path) -> None:
         raise BadRequestError(f"cannot write {str(path)[:100]}: {error.strerror or error}") from None
     if stat.S_ISDIR(kind):
         raise BadRequestError(f"cannot write {path}: it is a folder; name a file in it")
-    if not stat.S_ISREG(kind) and str(path) != os.devnull:
-        raise BadRequestError(
-            f"cannot write {path}: it is no ordinary file, and a WAV's header is corrected at its end"
-        )
+    if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
+        raise BadRequestError(f"cannot write {path}: it is a pipe, and a WAV's header is corrected later; name a file")
     if not path.parent.is_dir():
         raise BadRequestError(f"cannot write {path}: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
