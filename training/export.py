@@ -33,6 +33,7 @@ def write(base: Path, out: Path, fresh: dict[str, Tensor]) -> None:
     merged = tensors | fresh
     halved = {n: (x.bfloat16() if x.is_floating_point() else x).contiguous() for n, x in merged.items()}
     save_file(halved, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner alone
 
 
 def export(base: Path, out: Path, talker: Path | None, codec: Path | None) -> float:
