@@ -43,8 +43,8 @@ class Delivery:
         played = time.monotonic() - taken - self._dry_s if taken is not None else 0.0
         return frames * FRAME_SECONDS - self.skipped / SAMPLE_RATE - played
 
-    def due(self, buffered: int, frames: int, frame_cost_s: float) -> int:
-        """How many of `buffered` frames to decode now: all, or none yet because the next chunk is not complete.
+    def due(self, buffered: int, frames: int, frame_cost_s: float) -> bool:
+        """Whether `buffered` frames make the next chunk, so that all of them are to be decoded now.
 
         The next chunk is the ramp's, or less when the audio already delivered would run out before it is made.
         """
@@ -52,7 +52,7 @@ class Delivery:
         if self._live and self._chunks:
             covered = self.ahead(frames - buffered) / max(frame_cost_s, 1e-4)
             size = min(size, max(1, int(covered)))
-        return buffered if buffered >= size else 0
+        return buffered >= size
 
     def deliver(self, samples: np.ndarray, fade: bool) -> None:
         """Hand out decoded samples, float [n] in [-1, 1]; `fade` if the speech is cut at their end."""

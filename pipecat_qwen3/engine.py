@@ -137,7 +137,7 @@ class Engine:
         self._admit()
         prefilled = self._prefill()
         ready = self._ready()
-        self._hand_over([u for u in self._resident if u.buffered and u not in ready])
+        self._hand_over([u for u in self._resident if u not in ready])
         if ready:
             started = time.monotonic()
             self._advance(ready)
@@ -243,26 +243,23 @@ class Engine:
             end = u.must_end(self.step.positions - self.step.position(row))
             if end is not None:
                 ends[id(u)] = end
-        self._decode(ready, ends)
+        cost = self._frame_cost_s
+        due = [u for u in ready if id(u) in ends or u.delivery.due(len(u.buffered), len(u.codes), cost)]
+        self._hand_over(due, ends)
         for u in ready:
             end = ends.get(id(u))
             if end is not None:
                 u.delivery.last_words(natural=end == "eos" and u.finished_text)
                 self._end(u, end)
 
-    def _decode(self, ready: list[Utterance], ends: dict[int, End]) -> None:
-        """Decode and deliver what is due, voices with equally many frames in one call."""
-        due = {}
-        for u in ready:
-            n = len(u.buffered)
-            due[id(u)] = n if id(u) in ends else u.delivery.due(n, len(u.codes), self._frame_cost_s)
-        self._hand_over([u for u in ready if due[id(u)]], ends)
-
     def _hand_over(self, voices: list[Utterance], ends: Mapping[int, End] = NO_ENDS) -> None:
-        """Decode and deliver all buffered frames: of a chunk that is due, or of a voice that cannot go on for now."""
+        """Decode and deliver all buffered frames of voices whose chunk is due, or that cannot go on for now.
+
+        Voices with equally many frames are decoded in one call; `ends` says which of them are over, and how.
+        """
         groups: dict[int, list[Utterance]] = {}
         for u in voices:
-            if not u.stream.cancelled:
+            if u.buffered and not u.stream.cancelled:
                 groups.setdefault(len(u.buffered), []).append(u)
         for members in groups.values():
             codes = torch.stack([torch.stack(u.buffered, -1) for u in members])
@@ -282,7 +279,9 @@ class Engine:
             self.step.release(u.row)
             self._free.append(u.row)
             u.row = None
-        u.finish("cancelled" if u.stream.cancelled else end, error)
+        if u.stream.cancelled:
+            end, error = "cancelled", None
+        u.finish(end, error)
 
     def _end_all(self, error: EngineError) -> None:
         with self._changed:
