@@ -67,6 +67,8 @@ class TalkerLoss:
         self.neighbours = torch.cdist(books[0], books[0]).argsort(1)[:, 1:7]
         self.layer: Callable[..., tuple[Tensor, Tensor | None]] = attention_layer
         if compiled:
+            # The stack's sizes stay constants; as symbols they would keep the generated loops from being vectorised.
+            torch._dynamo.config.specialize_int = True
             self.layer = torch.compile(attention_layer, dynamic=True)
 
     def _stack(

@@ -15,10 +15,10 @@ from wordfreq import top_n_list  # type: ignore[import-not-found]
 
 HERE = Path(__file__).parent
 WORDNET = Path("/usr/share/wordnet")
-FREE_WORDS, PROSE_WORDS, KNOWN_WORDS = 10_000, 16_000, 12_000
+FREE_WORDS, PROSE_WORDS, KNOWN_WORDS = 30_000, 20_000, 12_000
 """Ranks by frequency: words of free sequences, of dictionary prose, and those that an unseen word must not be among."""
 
-MIX = {"template": 0.34, "example": 0.19, "definition": 0.17, "free": 0.17, "pair": 0.13}
+MIX = {"template": 0.34, "example": 0.17, "definition": 0.15, "free": 0.22, "pair": 0.12}
 FUNCTION_WORDS = (
     "the a to of and in is for on with at from by it this that as are was be or not but we you they".split()  # noqa: SIM905
 )

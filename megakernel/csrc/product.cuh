@@ -1,0 +1,126 @@
+// Activations of up to 8 * NT columns times one packed matrix, spread over all blocks; deterministic for any company.
+//
+// A work item is a tile of 16 output rows and a part of the sum over k; block b owns the items b, b + BLOCKS, ... In an
+// item the warps share k: warp w multiplies the k-tiles w, w + WARPS, ..., and the warps' sums are added in the order of
+// their numbers. Nothing in the order of additions depends on the number of columns, of blocks or of NT.
+//
+// The first READ_AHEAD weight fragments of a phase are in registers before the phase before it has ended.
+#pragma once
+#include "sizes.h"
+
+namespace mk {
+
+constexpr int READ_AHEAD = 8;       // fragments that a lane keeps in flight, across the grid barrier too
+constexpr int REDUCED_TILES = 4;    // tiles x 8 columns whose warp sums fit into Work::sums at once
+
+struct Ahead {
+    Fragment f[READ_AHEAD];
+};
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int at_most(int a, int b) { return a < b ? a : b; }
+
+// The cut of one matrix [ROWS, K] whose sum over k has SPLIT parts.
+template <int ROWS, int K, int SPLIT = 1>
+struct Matrix {
+    static constexpr int rows = ROWS, k = K, split = SPLIT;
+    static constexpr int tiles = ROWS / 16, k_tiles = K / 16, part = k_tiles / SPLIT;
+    static constexpr int items = tiles * SPLIT;
+    static constexpr int items_a_block = ceil_div(items, BLOCKS);
+    static constexpr int steps = ceil_div(part, WARPS);            // k-tiles of one warp in one item
+    static constexpr int chunk = at_most(steps, READ_AHEAD);       // of them in flight at once
+    static constexpr int chunks = ceil_div(steps, chunk);
+    template <int NT>
+    static constexpr int batch() {  // items whose sums are held at once
+        int fit = at_most(READ_AHEAD / chunk, REDUCED_TILES / NT > 0 ? REDUCED_TILES / NT : 1);
+        return chunks > 1 ? 1 : at_most(fit, items_a_block);
+    }
+};
+
+// Where fragment `v` of a batch lies: item and k-tile, or nowhere.
+template <class M>
+struct Place {
+    int item, tile, k_tile;
+    bool real;
+    MK_DEV Place(int first_item, int chunk, int v, int warp) {
+        int index = first_item + v / M::chunk, step = chunk * M::chunk + v % M::chunk;
+        item = blockIdx.x + index * BLOCKS;
+        int part = item / M::tiles;
+        tile = item % M::tiles;
+        int within = warp + WARPS * step;
+        k_tile = part * M::part + within;
+        real = index < M::items_a_block && item < M::items && within < M::part;
+    }
+};
+
+template <class M>
+MK_DEV Fragment fetch(const Fragment* weights, const Place<M>& at, int lane) {
+    if (!at.real) return Fragment{};
+    return load_weights(weights + (size_t(at.tile) * M::k_tiles + at.k_tile) * LANES + lane);
+}
+
+// Start loading what product() of the same matrix will need first.
+template <class M, int NT>
+MK_DEV void read_ahead(Ahead& ahead, const Fragment* weights) {
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    constexpr int LOADS = M::template batch<NT>() * M::chunk;
+    MK_UNROLL
+    for (int v = 0; v < LOADS; v++)
+        ahead.f[v] = fetch<M>(weights, Place<M>(0, 0, v, warp), lane);
+}
+
+// All items of this block.
+//
+//   source(k_tile, nt) -> Quad    what column 8 nt + lane / 4 holds at k = 16 k_tile + 4 (lane % 4) + 0..3
+//   finish(tile, part, row, column, low, high)    takes the sums of rows `row` and `row + 8` of the tile
+//   between()      runs after the last product, before its sums are added: the place to read ahead for the next phase
+//
+// The weights' k are permuted alike (megakernel/pack.py), which lets a lane load four neighbours.
+template <class M, int NT, class Source, class Between, class Finish>
+MK_DEV void product(Ahead& ahead, const Fragment* weights, float* sums, Source source, Between between, Finish finish) {
+    constexpr int BATCH = M::template batch<NT>(), BATCHES = ceil_div(M::items_a_block, BATCH);
+    constexpr int LOADS = BATCH * M::chunk;
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    for (int batch = 0; batch < BATCHES; batch++) {
+        float acc[BATCH][NT][4];
+        MK_UNROLL
+        for (int i = 0; i < BATCH * NT * 4; i++) acc[i / (NT * 4)][i / 4 % NT][i % 4] = 0;
+        for (int chunk = 0; chunk < M::chunks; chunk++) {
+            bool last = chunk == M::chunks - 1;
+            MK_UNROLL
+            for (int v = 0; v < LOADS; v++) {
+                Place<M> at(batch * BATCH, chunk, v, warp);
+                if (at.real) {
+                    MK_UNROLL
+                    for (int nt = 0; nt < NT; nt++) mma(acc[v / M::chunk][nt], ahead.f[v], source(at.k_tile, nt));
+                }
+                if (!last || batch < BATCHES - 1) {
+                    Place<M> next(last ? (batch + 1) * BATCH : batch * BATCH, last ? 0 : chunk + 1, v, warp);
+                    ahead.f[v] = fetch<M>(weights, next, lane);
+                }
+            }
+        }
+        if (batch > 0) __syncthreads();  // the sums of the batch before have been read
+        MK_UNROLL
+        for (int i = 0; i < BATCH * NT; i++) {
+            float* d = acc[i / NT][i % NT];
+            ((float4*)sums)[(warp * BATCH * NT + i) * LANES + lane] = make_float4(d[0], d[1], d[2], d[3]);
+        }
+        if (batch == BATCHES - 1) between();
+        __syncthreads();
+        for (int o = threadIdx.x; o < BATCH * NT * LANES * 2; o += THREADS) {
+            int i = o / (LANES * 2), from = o / 2 % LANES, j = o % 2;
+            int item = blockIdx.x + (batch * BATCH + i / NT) * BLOCKS;
+            if (batch * BATCH + i / NT >= M::items_a_block || item >= M::items) continue;
+            float low = 0, high = 0;
+            for (int w = 0; w < WARPS; w++) {
+                const float* d = sums + ((w * BATCH * NT + i) * LANES + from) * 4;
+                low += d[j];
+                high += d[j + 2];
+            }
+            finish(item % M::tiles, item / M::tiles, from / 4, i % NT * 8 + from % 4 * 2 + j, low, high);
+        }
+    }
+}
+
+}  // namespace mk
