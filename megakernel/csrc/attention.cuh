@@ -92,7 +92,7 @@ struct AttentionWork {
 
 template <class S>
 MK_DEV void attend(const Args& a, AttentionWork<S>& w, const Cache& c, const float* norms, const float* rope,
-                   int rope_positions, int head, int piece) {
+                   int head, int piece) {
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, j = lane % SHARE, mine = lane / SHARE;
     int n = pieces(c.start), size = (c.start + n - 1) / n;
     int from = piece * size, to = from + size < c.start ? from + size : c.start;
@@ -105,7 +105,7 @@ MK_DEV void attend(const Args& a, AttentionWork<S>& w, const Cache& c, const flo
             Dims k, v;
             k.load(raw + S::q + head * HEAD_DIM, j);
             v.load(raw + S::q + S::kv + head * HEAD_DIM, j);
-            k.norm_and_rotate(norms + S::k_norm_at, rope, rope_positions, c.start + i, j);
+            k.norm_and_rotate(norms + S::k_norm_at, rope, c.positions, c.start + i, j);
             k.as_stored();
             v.as_stored();
             if (mine == 0) {
@@ -124,7 +124,7 @@ MK_DEV void attend(const Args& a, AttentionWork<S>& w, const Cache& c, const flo
         MK_UNROLL
         for (int g = 0; g < S::group; g++) {
             q[g].load(a.raw + size_t(slot) * S::qkv + (head * S::group + g) * HEAD_DIM, j);
-            q[g].norm_and_rotate(norms + S::q_norm_at, rope, rope_positions, c.start + i, j);
+            q[g].norm_and_rotate(norms + S::q_norm_at, rope, c.positions, c.start + i, j);
             q[g].as_stored();
             top[g] = NEGATIVE_INFINITY, sum[g] = 0;
             MK_UNROLL

@@ -12,29 +12,16 @@
 namespace mk {
 
 constexpr int MOST_COLUMN_TILES = 4;
-constexpr int staged_bytes(int k, int nt) { return k / 16 * nt * LANES * int(sizeof(Quad)); }
+MK_SIZE int staged_bytes(int k, int nt) { return k / 16 * nt * LANES * int(sizeof(Quad)); }
 
 // Columns in tiles of 8 that a product with staged activations takes at once: as many as shared memory holds; the rest
 // takes the same weights again, from L2.
-constexpr int column_tiles(int columns, int k) {
+MK_SIZE int column_tiles(int columns, int k) {
     int nt = at_most(ceil_div(columns, 8), MOST_COLUMN_TILES);
     while (nt > 1 && (staged_bytes(k, nt) > STAGED_BYTES || ceil_div(columns, 8) % nt)) nt--;
     return nt;
 }
 
-template <class S, int PART>
-struct Cut {  // the matrices of one stack, and how many scratch columns its phases have
-    static constexpr int columns = PART == PREDICTOR_FIRST ? SLOTS : COLUMNS;
-    using Qkv = Matrix<S::qkv, S::hidden>;
-    using O = Matrix<S::hidden, S::q, S::split_o>;
-    using GateUp = Matrix<2 * S::inter, S::hidden>;
-    using Down = Matrix<S::hidden, S::inter, S::split_down>;
-    static constexpr int staged = column_tiles(columns, S::hidden);
-    static constexpr int direct = column_tiles(columns, 16);
-};
-using TalkerCut = Cut<Talker, TALKER>;
-using FirstCut = Cut<Predictor, PREDICTOR_FIRST>;
-using PredictorCut = Cut<Predictor, PREDICTOR>;
 using CodecHead = Matrix<VOCAB, Talker::hidden>;
 using CodeHead = Matrix<CODES, Predictor::hidden>;
 using Projection = Matrix<Predictor::hidden, Talker::hidden>;
@@ -42,9 +29,12 @@ constexpr size_t CODE_HEAD_SIZE = size_t(CODES) * Predictor::hidden / 8;
 
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
-constexpr int most(int a, int b) { return a > b ? a : b; }
-constexpr int STAGED = most(most(staged_bytes(Talker::hidden, TalkerCut::staged), staged_bytes(Predictor::hidden, FirstCut::staged)),
-                            staged_bytes(Predictor::hidden, PredictorCut::staged));
+MK_SIZE int most(int a, int b) { return a > b ? a : b; }
+constexpr int TALKER_TILES = column_tiles(COLUMNS, Talker::hidden);
+constexpr int FIRST_TILES = column_tiles(SLOTS, Predictor::hidden);
+constexpr int PREDICTOR_TILES = column_tiles(COLUMNS, Predictor::hidden);
+constexpr int STAGED = most(staged_bytes(Talker::hidden, TALKER_TILES),
+                            most(staged_bytes(Predictor::hidden, FIRST_TILES), staged_bytes(Predictor::hidden, PREDICTOR_TILES)));
 constexpr int SUMS = WARPS * most(REDUCED_TILES, MOST_COLUMN_TILES) * LANES * 16;
 
 struct Work {
@@ -55,9 +45,8 @@ struct Work {
             alignas(128) char staged[STAGED];
             alignas(128) char sums[SUMS];
         };
-        AttentionWork<Talker> talker_attention;
-        AttentionWork<Predictor> predictor_attention;
-        SampleWork sample;
+        alignas(128) char space[most(most(int(sizeof(AttentionWork<Talker>)), int(sizeof(AttentionWork<Predictor>))),
+                                     int(sizeof(SampleWork)))];
     };
     MK_DEV bool active(int slot) const { return columns[slot % COLUMNS].row >= 0; }
 };
@@ -121,7 +110,7 @@ MK_DEV void normed_product(Block& b, const Fragment* weights, const float* norm,
         bool last = from + 8 * NT >= slots;
         if (from > first) {
             __syncthreads();
-            read_ahead<M, NT>(b.ahead, weights);
+            read_ahead(b.ahead, shelf<M, NT>(weights));
         }
         stage<M::k, NT>(b.w, norm, keep, from, slots, load);
         product<M, NT>(
@@ -172,25 +161,51 @@ MK_DEV float4 first_input(const Args& a, const Work& w, int slot, int k) {
 
 // ---- one function a phase -------------------------------------------------------------------------------------------
 
-template <class S, int PART>
+// One layer of a stack in tiles of columns: STAGED_TILES at once where activations are staged, else DIRECT_TILES.
+template <class S, int STAGED_TILES, int DIRECT_TILES>
 struct Layer {
-    using C = Cut<S, PART>;
+    using Qkv = Matrix<S::qkv, S::hidden>;
+    using Out = Matrix<S::hidden, S::q, S::split_o>;
+    using GateUp = Matrix<2 * S::inter, S::hidden>;
+    using Down = Matrix<S::hidden, S::inter, S::split_down>;
 
-    MK_DEV static const Fragment* weights(const Args& a, int layer) {
-        return (PART == TALKER ? a.talker : a.predictor) + layer * S::layer_size;
+    MK_DEV static const Fragment* weights(const Args& a, Phase p) {
+        return (p.part() == TALKER ? a.talker : a.predictor) + p.layer() * S::layer_size;
     }
-    MK_DEV static const float* norms(const Args& a, int layer) {
-        return (PART == TALKER ? a.talker_norms : a.predictor_norms) + layer * S::norms;
+    MK_DEV static const float* norms(const Args& a, Phase p) {
+        return (p.part() == TALKER ? a.talker_norms : a.predictor_norms) + p.layer() * S::norms;
+    }
+    MK_DEV static int slots(Phase p) { return p.part() == PREDICTOR_FIRST ? SLOTS : COLUMNS; }
+
+    MK_DEV static Shelf shelf_of(const Args& a, Phase p) {
+        const Fragment* from = weights(a, p);
+        switch (p.op()) {
+            case QKV: return shelf<Qkv, STAGED_TILES>(from + S::qkv_at);
+            case O: return shelf<Out, DIRECT_TILES>(from + S::o_at);
+            case GATE_UP: return shelf<GateUp, STAGED_TILES>(from + S::gate_up_at);
+            case DOWN: return shelf<Down, DIRECT_TILES>(from + S::down_at);
+        }
+        return Shelf{};
     }
 
-    MK_DEV static void qkv(Block& b, int layer) {
+    MK_DEV static void run(Block& b, Phase p) {
+        switch (p.op()) {
+            case QKV: return qkv(b, p);
+            case ATTENTION: return attention(b, p);
+            case O: return o(b, p);
+            case GATE_UP: return gate_up(b, p);
+            case DOWN: return down(b, p);
+        }
+    }
+
+    MK_DEV static void qkv(Block& b, Phase p) {
         const Args& a = b.a;
-        float* keep = PART == TALKER || layer > 0 ? a.x1 : nullptr;
-        normed_product<typename C::Qkv, C::staged>(
-            b, weights(a, layer) + S::qkv_at, norms(a, layer), keep, 0, C::columns,
+        bool talker = p.part() == TALKER, first = p.layer() == 0;
+        normed_product<Qkv, STAGED_TILES>(
+            b, weights(a, p) + S::qkv_at, norms(a, p), talker || !first ? a.x1 : nullptr, 0, slots(p),
             [&](int slot, int k) {
-                if (layer > 0) return with_parts<S::split_down>(a, a.x0, slot, k);
-                return PART == TALKER ? first_input(a, b.w, slot, k) : with_parts<0>(a, a.x1, slot, k);
+                if (!first) return with_parts<S::split_down>(a, a.x0, slot, k);
+                return talker ? first_input(a, b.w, slot, k) : with_parts<0>(a, a.x1, slot, k);
             },
             [&](int slot, int tile, int row, float low, float high) {
                 float* to = a.raw + size_t(slot) * S::qkv + tile * 16 + row;
@@ -199,46 +214,39 @@ struct Layer {
             Nothing{});
     }
 
-    MK_DEV static void attention(Block& b, int layer, int code) {
+    MK_DEV static void attention(Block& b, Phase p) {
         const Args& a = b.a;
-        b.read_ahead_for_next();
+        bool talker = p.part() == TALKER, two = p.part() == PREDICTOR_FIRST;
+        int positions = talker ? a.positions : CODEBOOKS, rows = talker ? a.rows : COLUMNS;
+        size_t row_size = size_t(S::kv_heads) * positions * HEAD_DIM;
+        Element* keys = (talker ? a.kv : a.predictor_kv) + size_t(2 * p.layer()) * rows * row_size;
+        const float* rope = talker ? a.talker_rope : a.predictor_rope;
         int item = blockIdx.x;
         for (int column = 0; column < COLUMNS; column++) {
             const Column& c = b.w.columns[column];
             if (c.row < 0 || c.following == 0) continue;
-            int start = PART == TALKER ? c.start : PART == PREDICTOR ? code : 0;
+            int start = talker ? c.start : two ? 0 : p.code();
             int items = S::kv_heads * pieces(start);
-            for (; item < items; item += BLOCKS) {
-                int head = item % S::kv_heads, piece = item / S::kv_heads;
-                if constexpr (PART == TALKER) {
-                    size_t row = size_t(S::kv_heads) * a.positions * HEAD_DIM;
-                    Element* keys = a.kv + (size_t(2 * layer) * a.rows + c.row) * row;
-                    Cache cache{keys, keys + a.rows * row, a.positions, start, c.following, column, 1};
-                    attend<Talker>(a, b.w.talker_attention, cache, norms(a, layer), a.talker_rope, a.positions, head, piece);
-                } else {
-                    size_t row = size_t(S::kv_heads) * CODEBOOKS * HEAD_DIM;
-                    Element* keys = a.predictor_kv + (size_t(2 * layer) * COLUMNS + column) * row;
-                    int fresh = PART == PREDICTOR_FIRST ? 2 : 1;
-                    Cache cache{keys, keys + COLUMNS * row, CODEBOOKS, start, fresh, column, COLUMNS};
-                    attend<Predictor>(a, b.w.predictor_attention, cache, norms(a, layer), a.predictor_rope, CODEBOOKS, head, piece);
-                }
-            }
+            Element* own = keys + (talker ? c.row : column) * row_size;
+            Cache cache{own, own + rows * row_size, positions, start, talker ? c.following : 1 + two, column, talker ? 1 : COLUMNS};
+            for (; item < items; item += BLOCKS)
+                attend<S>(a, *(AttentionWork<S>*)b.w.space, cache, norms(a, p), rope, item % S::kv_heads, item / S::kv_heads);
             item -= items;
         }
     }
 
-    MK_DEV static void o(Block& b, int layer) {
+    MK_DEV static void o(Block& b, Phase p) {
         const Args& a = b.a;
-        plain_product<typename C::O>(b, weights(a, layer) + S::o_at, [&](int slot, int k) {
-            int n = PART == TALKER ? pieces(b.w.columns[slot].start) : 1;
-            return narrow4(attended<S>(a, slot, n, k));
+        bool talker = p.part() == TALKER;
+        plain_product<Out>(b, weights(a, p) + S::o_at, slots(p), [&](int slot, int k) {
+            return narrow4(attended<S>(a, slot, talker ? pieces(b.w.columns[slot].start) : 1, k));
         });
     }
 
-    MK_DEV static void gate_up(Block& b, int layer) {
+    MK_DEV static void gate_up(Block& b, Phase p) {
         const Args& a = b.a;
-        normed_product<typename C::GateUp, C::staged>(
-            b, weights(a, layer) + S::gate_up_at, norms(a, layer) + S::post_norm_at, a.x0, 0, C::columns,
+        normed_product<GateUp, STAGED_TILES>(
+            b, weights(a, p) + S::gate_up_at, norms(a, p) + S::post_norm_at, a.x0, 0, slots(p),
             [&](int slot, int k) { return with_parts<S::split_o>(a, a.x1, slot, k); },
             [&](int slot, int tile, int row, float gate, float up) {
                 a.inner[size_t(slot) * S::inter + tile * 8 + row] = narrow(gate / (1.0f + expf(-gate)) * up);
@@ -246,36 +254,36 @@ struct Layer {
             Nothing{});
     }
 
-    MK_DEV static void down(Block& b, int layer) {
+    MK_DEV static void down(Block& b, Phase p) {
         const Args& a = b.a;
-        plain_product<typename C::Down>(b, weights(a, layer) + S::down_at, [&](int slot, int k) {
+        plain_product<Down>(b, weights(a, p) + S::down_at, slots(p), [&](int slot, int k) {
             return *(const Quad*)(a.inner + size_t(slot) * S::inter + k);
         });
     }
 
     // o and down: activations straight from where they lie, the parts of the sums to `parts`.
     template <class M, class Load>
-    MK_DEV static void plain_product(Block& b, const Fragment* weights, Load load) {
-        constexpr int NT = C::direct;
+    MK_DEV static void plain_product(Block& b, const Fragment* weights, int slots, Load load) {
+        constexpr int NT = DIRECT_TILES;
         int lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
-        for (int from = 0; from < C::columns; from += 8 * NT) {
-            bool last = from + 8 * NT >= C::columns;
+        for (int from = 0; from < slots; from += 8 * NT) {
+            bool last = from + 8 * NT >= slots;
             if (from > 0) {
                 __syncthreads();
-                read_ahead<M, NT>(b.ahead, weights);
+                read_ahead(b.ahead, shelf<M, NT>(weights));
             }
             product<M, NT>(
                 b.ahead, weights, (float*)b.w.sums,
                 [&](int k_tile, int nt) {
                     int slot = from + 8 * nt + g;
-                    return slot < C::columns && b.w.active(slot) ? load(slot, 16 * k_tile + 4 * t) : Quad{};
+                    return slot < slots && b.w.active(slot) ? load(slot, 16 * k_tile + 4 * t) : Quad{};
                 },
                 [&] {
                     if (last) b.read_ahead_for_next();
                 },
                 [&](int tile, int part, int row, int column, float low, float high) {
                     int slot = from + column;
-                    if (slot >= C::columns || !b.w.active(slot)) return;
+                    if (slot >= slots || !b.w.active(slot)) return;
                     float* to = b.a.parts + (size_t(part) * SLOTS + slot) * WIDE + tile * 16 + row;
                     to[0] = low, to[8] = high;
                 });
@@ -283,12 +291,17 @@ struct Layer {
     }
 };
 
+template <class S, int SCRATCH_COLUMNS>
+using LayerFor = Layer<S, column_tiles(SCRATCH_COLUMNS, S::hidden), column_tiles(SCRATCH_COLUMNS, 16)>;
+using TalkerLayer = LayerFor<Talker, COLUMNS>;
+using FirstLayer = LayerFor<Predictor, SLOTS>;
+using PredictorLayer = LayerFor<Predictor, COLUMNS>;
+
 // Logits of code 0, and what the predictor is fed first: the normed hidden state, projected where the model does so.
 MK_DEV void codec_head(Block& b) {
     const Args& a = b.a;
-    constexpr int NT = TalkerCut::staged, H = Talker::hidden;
-    const float* norm = a.talker_norms + Talker::layers * Talker::norms;
-    int lane = threadIdx.x % LANES;
+    constexpr int NT = TALKER_TILES, H = Talker::hidden;
+    const float* norm = a.talker_norms + T_LAYERS * Talker::norms;
     auto load = [&](int slot, int k) { return with_parts<Talker::split_down>(a, a.x0, slot, k); };
     normed_product<CodecHead, NT>(
         b, a.codec_head, norm, nullptr, 0, COLUMNS, load,
@@ -300,7 +313,8 @@ MK_DEV void codec_head(Block& b) {
 #if PROJECTED
             __syncthreads();
             Ahead own;
-            read_ahead<Projection, NT>(own, a.projection);
+            int lane = threadIdx.x % LANES;
+            read_ahead(own, shelf<Projection, NT>(a.projection));
             product<Projection, NT>(
                 own, a.projection, (float*)b.w.sums,
                 [&](int k_tile, int nt) { return ((const Quad*)b.w.staged)[(k_tile * NT + nt) * LANES + lane]; }, [] {},
@@ -325,13 +339,12 @@ MK_DEV void codec_head(Block& b) {
         });
 }
 
-template <class C>
-MK_DEV void code_head(Block& b, int code) {
+MK_DEV void code_head(Block& b, Phase p) {
     const Args& a = b.a;
-    constexpr int first = C::columns - COLUMNS;  // of the first pass the second position speaks
-    normed_product<CodeHead, column_tiles(COLUMNS, Predictor::hidden)>(
-        b, a.heads + (code - 1) * CODE_HEAD_SIZE, a.predictor_norms + Predictor::layers * Predictor::norms, nullptr,
-        first, C::columns, [&](int slot, int k) { return with_parts<Predictor::split_down>(a, a.x0, slot, k); },
+    int first = p.part() == PREDICTOR_FIRST ? COLUMNS : 0;  // of the first pass the second position speaks
+    normed_product<CodeHead, PREDICTOR_TILES>(
+        b, a.heads + (p.code() - 1) * CODE_HEAD_SIZE, a.predictor_norms + P_LAYERS * Predictor::norms, nullptr,
+        first, first + COLUMNS, [&](int slot, int k) { return with_parts<Predictor::split_down>(a, a.x0, slot, k); },
         [&](int slot, int tile, int row, float low, float high) {
             float* to = a.logits + size_t(slot - first) * VOCAB + tile * 16 + row;
             to[0] = low, to[8] = high;
@@ -342,11 +355,10 @@ MK_DEV void code_head(Block& b, int code) {
 // Block c draws the code of column c and puts what it means into the next input.
 MK_DEV void sample(Block& b, int code) {
     const Args& a = b.a;
-    b.read_ahead_for_next();
     for (int column = blockIdx.x; column < COLUMNS; column += BLOCKS) {
         const Column& c = b.w.columns[column];
         if (c.row < 0) continue;
-        int drawn = pick(a, b.w.sample, c, column, code);
+        int drawn = pick(a, *(SampleWork*)b.w.space, c, column, code);
         int entry = drawn < CODES ? drawn : CODES - 1;
         int* codes = a.codes + column * CODEBOOKS;
         if (threadIdx.x == 0) {
@@ -379,57 +391,46 @@ MK_DEV void sample(Block& b, int code) {
 
 // ---- the table ------------------------------------------------------------------------------------------------------
 
-template <class S, int PART>
-MK_DEV void read_ahead_layer(Ahead& ahead, const Args& a, Phase p) {
-    using L = Layer<S, PART>;
-    using C = Cut<S, PART>;
-    const Fragment* weights = L::weights(a, p.layer());
-    switch (p.op()) {
-        case QKV: return read_ahead<typename C::Qkv, C::staged>(ahead, weights + S::qkv_at);
-        case O: return read_ahead<typename C::O, C::direct>(ahead, weights + S::o_at);
-        case GATE_UP: return read_ahead<typename C::GateUp, C::staged>(ahead, weights + S::gate_up_at);
-        case DOWN: return read_ahead<typename C::Down, C::direct>(ahead, weights + S::down_at);
-    }
+template <class A, class B>
+struct Same {
+    static constexpr bool value = false;
+};
+template <class A>
+struct Same<A, A> {
+    static constexpr bool value = true;
+};
+
+// Calls f with the layer that a part of the frame uses; like layers are one.
+template <class F>
+MK_DEV void with_layer(int part, F f) {
+    if constexpr (!Same<TalkerLayer, PredictorLayer>::value)
+        if (part == TALKER) return f(TalkerLayer{});
+    if constexpr (!Same<FirstLayer, PredictorLayer>::value)
+        if (part == PREDICTOR_FIRST) return f(FirstLayer{});
+    f(PredictorLayer{});
 }
 
-MK_DEV void read_ahead(Ahead& ahead, const Args& a, Phase p) {
-    if (p.word == 0xffffffffu) return;
-    if (p.op() == HEAD) {
-        if (p.part() == TALKER) return read_ahead<CodecHead, TalkerCut::staged>(ahead, a.codec_head);
-        return read_ahead<CodeHead, column_tiles(COLUMNS, Predictor::hidden)>(ahead, a.heads + (p.code() - 1) * CODE_HEAD_SIZE);
+MK_DEV void Block::read_ahead_for_next() {
+    Shelf s{};
+    if (next.word == 0xffffffffu) {
+    } else if (next.op() == HEAD) {
+        if (next.part() == TALKER) s = shelf<CodecHead, TALKER_TILES>(a.codec_head);
+        else s = shelf<CodeHead, PREDICTOR_TILES>(a.heads + (next.code() - 1) * CODE_HEAD_SIZE);
+    } else if (next.op() != SAMPLE) {
+        with_layer(next.part(), [&](auto layer) { s = layer.shelf_of(a, next); });
     }
-    switch (p.part()) {
-        case TALKER: return read_ahead_layer<Talker, TALKER>(ahead, a, p);
-        case PREDICTOR_FIRST: return read_ahead_layer<Predictor, PREDICTOR_FIRST>(ahead, a, p);
-        case PREDICTOR: return read_ahead_layer<Predictor, PREDICTOR>(ahead, a, p);
-    }
-}
-
-MK_DEV void Block::read_ahead_for_next() { read_ahead(ahead, a, next); }
-
-template <class S, int PART>
-MK_DEV void run_layer(Block& b, Phase p) {
-    using L = Layer<S, PART>;
-    switch (p.op()) {
-        case QKV: return L::qkv(b, p.layer());
-        case ATTENTION: return L::attention(b, p.layer(), p.code());
-        case O: return L::o(b, p.layer());
-        case GATE_UP: return L::gate_up(b, p.layer());
-        case DOWN: return L::down(b, p.layer());
-    }
+    read_ahead(ahead, s);
 }
 
 MK_DEV void run(Block& b, Phase p) {
-    if (p.op() == SAMPLE) return sample(b, p.code());
-    if (p.op() == HEAD) {
-        if (p.part() == TALKER) return codec_head(b);
-        return p.part() == PREDICTOR_FIRST ? code_head<FirstCut>(b, p.code()) : code_head<PredictorCut>(b, p.code());
+    if (p.op() == SAMPLE) {
+        sample(b, p.code());
+    } else if (p.op() == HEAD) {
+        p.part() == TALKER ? codec_head(b) : code_head(b, p);
+    } else {
+        with_layer(p.part(), [&](auto layer) { layer.run(b, p); });
     }
-    switch (p.part()) {
-        case TALKER: return run_layer<Talker, TALKER>(b, p);
-        case PREDICTOR_FIRST: return run_layer<Predictor, PREDICTOR_FIRST>(b, p);
-        case PREDICTOR: return run_layer<Predictor, PREDICTOR>(b, p);
-    }
+    if (p.op() == SAMPLE || p.op() == ATTENTION) b.read_ahead_for_next();
 }
 
 }  // namespace mk

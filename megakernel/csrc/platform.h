@@ -6,9 +6,11 @@
 #ifdef MK_CPU
 #include "cucpu.h"
 #define MK_DEV inline
+#define MK_SIZE constexpr
 #define MK_UNROLL
 #else
 #define MK_DEV __device__ __forceinline__
+#define MK_SIZE __host__ __device__ constexpr
 #define MK_UNROLL _Pragma("unroll")
 #define MK_KERNEL(name, Args) extern "C" __global__ void __launch_bounds__(THREADS, 1) name(const __grid_constant__ Args args)
 #endif

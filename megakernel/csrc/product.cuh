@@ -10,15 +10,15 @@
 
 namespace mk {
 
-constexpr int READ_AHEAD = 8;       // fragments that a lane keeps in flight, across the grid barrier too
-constexpr int REDUCED_TILES = 4;    // tiles x 8 columns whose warp sums fit into Work::sums at once
+constexpr int READ_AHEAD = 4096 / THREADS;  // fragments that a lane keeps in flight, across the grid barrier too: 64 KB a block
+constexpr int REDUCED_TILES = 4;            // tiles x 8 columns whose warp sums fit into Work::sums at once
 
 struct Ahead {
     Fragment f[READ_AHEAD];
 };
 
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-constexpr int at_most(int a, int b) { return a < b ? a : b; }
+MK_SIZE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+MK_SIZE int at_most(int a, int b) { return a < b ? a : b; }
 
 // The cut of one matrix [ROWS, K] whose sum over k has SPLIT parts.
 template <int ROWS, int K, int SPLIT = 1>
@@ -31,7 +31,7 @@ struct Matrix {
     static constexpr int chunk = at_most(steps, READ_AHEAD);       // of them in flight at once
     static constexpr int chunks = ceil_div(steps, chunk);
     template <int NT>
-    static constexpr int batch() {  // items whose sums are held at once
+    static MK_SIZE int batch() {  // items whose sums are held at once
         int fit = at_most(READ_AHEAD / chunk, REDUCED_TILES / NT > 0 ? REDUCED_TILES / NT : 1);
         return chunks > 1 ? 1 : at_most(fit, items_a_block);
     }
@@ -55,18 +55,35 @@ struct Place {
 
 template <class M>
 MK_DEV Fragment fetch(const Fragment* weights, const Place<M>& at, int lane) {
-    if (!at.real) return Fragment{};
     return load_weights(weights + (size_t(at.tile) * M::k_tiles + at.k_tile) * LANES + lane);
 }
 
-// Start loading what product() of the same matrix will need first.
+// What must be known of a matrix to load the first fragments that product() will want.
+struct Shelf {
+    const Fragment* weights;  // null: nothing to load
+    int tiles, k_tiles, part, items, chunk, loads;
+};
+
 template <class M, int NT>
-MK_DEV void read_ahead(Ahead& ahead, const Fragment* weights) {
+MK_DEV Shelf shelf(const Fragment* weights) {
+    return Shelf{weights, M::tiles, M::k_tiles, M::part, M::items, M::chunk, M::template batch<NT>() * M::chunk};
+}
+
+// Start loading them; the same order as Place.
+MK_DEV void read_ahead(Ahead& ahead, const Shelf& s) {
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    constexpr int LOADS = M::template batch<NT>() * M::chunk;
+    int item = blockIdx.x, step = 0, within = warp;
     MK_UNROLL
-    for (int v = 0; v < LOADS; v++)
-        ahead.f[v] = fetch<M>(weights, Place<M>(0, 0, v, warp), lane);
+    for (int v = 0; v < READ_AHEAD; v++) {
+        ahead.f[v] = Fragment{};  // always written, so that no register is held for what lay there
+        if (v < s.loads && item < s.items && within < s.part) {
+            int tile = item, k_tile = within;
+            for (; tile >= s.tiles; tile -= s.tiles) k_tile += s.part;
+            ahead.f[v] = load_weights(s.weights + (size_t(tile) * s.k_tiles + k_tile) * LANES + lane);
+        }
+        within += WARPS;
+        if (++step == s.chunk) step = 0, within = warp, item += BLOCKS;
+    }
 }
 
 // All items of this block.
@@ -96,7 +113,7 @@ MK_DEV void product(Ahead& ahead, const Fragment* weights, float* sums, Source s
                 }
                 if (!last || batch < BATCHES - 1) {
                     Place<M> next(last ? (batch + 1) * BATCH : batch * BATCH, last ? 0 : chunk + 1, v, warp);
-                    ahead.f[v] = fetch<M>(weights, next, lane);
+                    if (next.real) ahead.f[v] = fetch<M>(weights, next, lane);
                 }
             }
         }

@@ -7,9 +7,10 @@ namespace mk {
 
 // ---- one transformer stack ------------------------------------------------------------------------------------------
 
-template <int LAYERS, int HIDDEN, int INTER, int HEADS, int KV_HEADS, int SPLIT_O, int SPLIT_DOWN>
+// The number of layers is no part of it, so that stacks of like layers share code.
+template <int HIDDEN, int INTER, int HEADS, int KV_HEADS, int SPLIT_O, int SPLIT_DOWN>
 struct Stack {
-    static constexpr int layers = LAYERS, hidden = HIDDEN, inter = INTER, heads = HEADS, kv_heads = KV_HEADS;
+    static constexpr int hidden = HIDDEN, inter = INTER, heads = HEADS, kv_heads = KV_HEADS;
     static constexpr int group = HEADS / KV_HEADS;                      // query heads that share a key head
     static constexpr int q = HEADS * HEAD_DIM, kv = KV_HEADS * HEAD_DIM;
     static constexpr int qkv = q + 2 * kv;
@@ -28,8 +29,8 @@ struct Stack {
     static_assert(q % (16 * split_o) == 0 && inter % (16 * split_down) == 0, "a part of a sum is whole tiles");
 };
 
-using Talker = Stack<T_LAYERS, T_HIDDEN, T_INTER, T_HEADS, T_KV_HEADS, T_SPLIT_O, T_SPLIT_DOWN>;
-using Predictor = Stack<P_LAYERS, P_HIDDEN, P_INTER, P_HEADS, P_KV_HEADS, P_SPLIT_O, P_SPLIT_DOWN>;
+using Talker = Stack<T_HIDDEN, T_INTER, T_HEADS, T_KV_HEADS, T_SPLIT_O, T_SPLIT_DOWN>;
+using Predictor = Stack<P_HIDDEN, P_INTER, P_HEADS, P_KV_HEADS, P_SPLIT_O, P_SPLIT_DOWN>;
 
 constexpr int SLOTS = 2 * COLUMNS;  // columns of scratch: the predictor's first pass feeds two positions a voice
 constexpr int WIDE = Talker::hidden > Predictor::hidden ? Talker::hidden : Predictor::hidden;

@@ -6,8 +6,10 @@ any header, ours or yours, compiles anew.
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -34,6 +36,15 @@ FLAVOURS: dict[Flavour, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Flags of all files, and of all but the runtime: TSan must not see how the runtime switches between threads."""
 
 
+def unavailable() -> str | None:
+    """Why kernels cannot be run on this machine, or None."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"cucpu needs Linux on x86-64, and this is {sys.platform} on {platform.machine()}"
+    if shutil.which("g++") is None:
+        return "cucpu compiles kernels with g++, which was not found: install g++"
+    return None
+
+
 def build(
     sources: Path | Iterable[Path],
     defines: Mapping[str, object] | None = None,
@@ -52,9 +63,8 @@ def build(
     """
     if flavour not in FLAVOURS:
         raise BuildFailed(f"cucpu knows the flavours {', '.join(FLAVOURS)}, not {flavour!r}")
-    gxx = shutil.which("g++")
-    if gxx is None:
-        raise BuildFailed("cucpu runs kernels on the CPU by compiling them with g++, which was not found: install g++")
+    if reason := unavailable():
+        raise BuildFailed(reason)
     common, instrument = FLAVOURS[flavour]
     macros = [f"-D{name}={_macro(value)}" for name, value in {"MK_CPU": 1, **(defines or {})}.items()]
     folders = [f"-I{folder}" for folder in (HERE, *include)]
@@ -64,17 +74,17 @@ def build(
     units.append((HERE / "runtime.cpp", runtime))
     if flavour != "plain":
         units.append((HERE / "driver.cpp", runtime))
-    version = _run([gxx, "--version"], "g++")
-    objects = [_object(gxx, version, source, flags) for source, flags in units]
+    version = _run(["g++", "--version"], "g++")
+    objects = [_object(version, source, flags) for source, flags in units]
     link = [*instrument, "-shared" if flavour == "plain" else "-rdynamic"]
     name = _hash(version, *map(str, objects), *link) + (".so" if flavour == "plain" else ".exe")
-    arguments = [gxx, *link, *map(str, objects), "-o"]
+    arguments = ["g++", *link, *map(str, objects), "-o"]
     return Library(_cached(name, lambda path: _run([*arguments, path], "linking")), flavour)
 
 
-def _object(gxx: str, version: str, source: Path, flags: list[str]) -> Path:
+def _object(version: str, source: Path, flags: list[str]) -> Path:
     """Compile one file."""
-    compiler = [gxx, *flags, "-x", "c++", str(source)]
+    compiler = ["g++", *flags, "-x", "c++", str(source)]
     name = _hash(version, _run([*compiler, "-E"], source.name), *flags) + ".o"
     return _cached(name, lambda path: _run([*compiler, "-c", "-o", path], source.name))
 

@@ -16,7 +16,6 @@
 #define __constant__
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
 #define __shared__ _Pragma("GCC error \"cucpu: no static __shared__ variables; take cucpu::shared_memory()\"")
@@ -65,10 +64,9 @@ struct Thread {
 };
 
 extern Thread* current;
-extern bool seeded;  // the schedule is drawn at random: atomics give other blocks a turn
 
+void changed_memory();  // an atomic that others may be waiting for
 [[noreturn]] void too_many_loads(const char* file, int line);
-void give_way();
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned source, const char* what, const char* file, int line);
 unsigned ballot(unsigned mask, bool predicate, const char* what, const char* file, int line);
 void mma(float* d, const char* file, int line);
@@ -80,14 +78,15 @@ void mma(float* d, const char* file, int line);
 // The block's dynamic shared memory: 128-byte aligned, all bytes 0xff (so every float a NaN) when the block starts.
 void* shared_memory();
 
-// Once per failed poll of every polling loop: lets others run, and finds out that nobody ever will.
+// Once per failed poll of every polling loop: lets others run, and finds out that nobody ever will. What is polled must
+// change by an atomic or add_release.
 void spin(const char* file = __builtin_FILE(), int line = __builtin_LINE());
 
 // Ends the launch; the caller gets `message` with the block and the thread.
 [[noreturn]] void trap(const char* message);
 
-// The launch's own clock, the same in every run: it stands still while threads compute, and a poll in vain takes 10 us,
-// so that a kernel's own timeout of seconds comes in milliseconds.
+// The launch's own clock, the same in every run: it stands still while threads compute, and a poll takes 10 us, so that a
+// kernel's own timeout of seconds comes in milliseconds.
 unsigned long long nanoseconds();
 
 inline unsigned load_acquire(const unsigned* address, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -98,12 +97,12 @@ inline unsigned load_acquire(const unsigned* address, const char* file = __built
 
 inline void add_release(unsigned* address, unsigned value) {
   __atomic_fetch_add(address, value, __ATOMIC_RELEASE);
-  if (seeded) give_way();
+  changed_memory();
 }
 
 inline unsigned add_acq_rel(unsigned* address, unsigned value) {
   unsigned before = __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
-  if (seeded) give_way();
+  changed_memory();
   return before;
 }
 
@@ -172,7 +171,7 @@ inline T update(T* address, F change) {
   do {
     after = change(before);
   } while (!__atomic_compare_exchange(address, &before, &after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
-  if (seeded) give_way();
+  if (memcmp(&before, &after, sizeof(T)) != 0) changed_memory();  // else it may be a poll
   return before;
 }
 

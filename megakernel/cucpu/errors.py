@@ -3,7 +3,7 @@
 CucpuError
 ├── BuildFailed      g++ is missing or refused the source
 ├── LaunchRefused    no such kernel, wrong arguments, a warp mask that is not supported
-├── Deadlock         every thread waits for another
+├── Deadlock         threads poll for what never comes
 ├── Divergence       threads of one block or warp wait for each other at different places
 ├── Trapped          the kernel stopped itself
 ├── BadMemoryAccess  asan flavour: outside a buffer, or misaligned
@@ -29,7 +29,7 @@ class LaunchRefused(CucpuError):
 
 
 class Deadlock(CucpuError):
-    """Every thread waits; the message says where, block by block."""
+    """Threads poll, and nothing changes any more; the message says where every thread waits, block by block."""
 
 
 class Divergence(CucpuError):

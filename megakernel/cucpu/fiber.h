@@ -49,10 +49,15 @@ namespace cucpu {
 class Stacks {
  public:
   static constexpr size_t kPage = 4096;
-#if defined(CUCPU_ASAN) || defined(CUCPU_TSAN)
-  static constexpr size_t kSize = 256 << 10;  // instrumented frames are several times larger
+#ifdef CUCPU_ASAN
+  static constexpr size_t kSize = 128 << 10;  // with red zones around every array
 #else
   static constexpr size_t kSize = 64 << 10;
+#endif
+#ifdef CUCPU_TSAN
+  static constexpr bool kReusable = false;  // to TSan the new owner races with the old one
+#else
+  static constexpr bool kReusable = true;
 #endif
 
   // The low end of stack `index`; below it lies a page without access, so that an overflow faults.
@@ -95,7 +100,7 @@ struct Fiber {
     __asan_unpoison_memory_region(low, Stacks::kSize);  // a fiber that was given up left its frames poisoned
 #endif
 #ifdef CUCPU_TSAN
-    tsan = __tsan_create_fiber(0);
+    tsan = __tsan_create_fiber(0);  // never destroyed: its past would be missing in reports
     __tsan_set_fiber_name(tsan, name);
 #else
     (void)name;
@@ -106,13 +111,6 @@ struct Fiber {
   void adopt() {
 #ifdef CUCPU_TSAN
     tsan = __tsan_get_current_fiber();
-#endif
-  }
-
-  void discard() {
-#ifdef CUCPU_TSAN
-    if (tsan) __tsan_destroy_fiber(tsan);
-    tsan = nullptr;
 #endif
   }
 

@@ -1,163 +1,24 @@
 // Runs the blocks of one launch: every CUDA thread is a fiber, all fibers share one OS thread, and a fiber runs until it
 // waits. What waits and can never go on is found out exactly and reported. Built without sanitizers in every flavour, so
 // that the only order TSan sees between fibers is the one that CUDA promises.
-#include <cstdarg>
-#include <memory>
 #include <mutex>
-#include <random>
-#include <string>
 
 #include "cucpu.h"
 #include "fiber.h"
+#include "product.h"
+#include "report.h"
+#include "state.h"
 
 namespace cucpu {
 
 Thread* current = nullptr;
-bool seeded = false;
 
 namespace {
 
-enum Code { kOk = 0, kRefused = 1, kDeadlock = 2, kDivergence = 3, kTrapped = 4 };
-
-constexpr unsigned kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr uint64_t kPollNanoseconds = 10'000;
-constexpr unsigned kBarriersPerTurn = 4;  // a seeded schedule changes blocks at every fourth barrier or atomic, on average
+constexpr unsigned kEventsPerTurn = 4;  // a seeded schedule changes blocks at every fourth barrier or atomic, on average
 
-constexpr const char* kSpinning = "spin";
-constexpr const char* kReturned = "returned";
-
-struct Place {
-  const char* what;  // a literal of this file; compared by address
-  const char* file;
-  int line;
-  bool operator==(const Place& other) const {
-    return what == other.what && line == other.line && (file == other.file || strcmp(file, other.file) == 0);
-  }
-};
-
-struct Warp;
-struct Block;
-
-struct Runner : Thread {
-  Fiber fiber;
-  Warp* warp;
-  Block* home;
-  Place place;  // where it waits, or waited last
-
-  // Field by field: a Place that is built on the stack and copied as a whole stalls every switch.
-  const Place& now_at(const char* what, const char* file, int line) {
-    place.what = what;
-    place.file = file;
-    place.line = line;
-    return place;
-  }
-};
-
-struct Warp {
-  Runner* lanes;
-  unsigned ready;    // lanes that can run
-  unsigned polling;  // lanes in spin(); ready again when the block gets its next turn
-  unsigned arrived;  // at the collective `meeting`
-  Place meeting;
-  unsigned meetings;  // so far; what is exchanged lies in two halves, as a lane may be one meeting ahead of another
-  uint64_t values[2][kWarp];
-  unsigned votes[2];
-  float* products[kWarp];
-  MmaOperands operands;
-  Edge edge[2];
-};
-
-struct Block {
-  unsigned index;
-  size_t first_stack;
-  std::vector<Runner> runners;
-  std::vector<Warp> warps;
-  unsigned arrived = 0;  // at the barrier `meeting`
-  Place meeting;
-  unsigned barriers = 0;  // so far
-  unsigned returned = 0;  // threads
-  unsigned last_warp = 0;
-  void* shared = nullptr;
-  Edge start, edge[2];
-};
-
-struct Launch {
-  const Kernel* kernel;
-  const void* args;
-  unsigned blocks, threads, resident;
-  size_t shared_bytes;
-  double deadlock_seconds;
-
-  std::mt19937_64 random;
-  Fiber scheduler;
-  std::vector<std::unique_ptr<Block>> active;  // started and not finished, in the order in which they take turns
-  unsigned started = 0;
-  bool turn_over = false;  // the running block is to give way to another
-  uint64_t clock = 0;      // ns
-  uint64_t vain_polls = 0; // one after another, with nothing else happening in between
-  Edge end;
-  int code = kOk;
-  std::string message;
-};
-
-Launch* launch = nullptr;
-
-Runner& running() { return *static_cast<Runner*>(current); }
-
-std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
-std::string format(const char* pattern, ...) {
-  char text[1024];
-  va_list values;
-  va_start(values, pattern);
-  vsnprintf(text, sizeof text, pattern, values);
-  va_end(values);
-  return text;
-}
-
-// ---- reports ---------------------------------------------------------------------------------------------------------
-
-std::string describe(const Place& place) {
-  if (!place.what) return "not started";
-  if (place.what == kReturned) return "returned";
-  if (place.what == kSpinning) return format("%s:%d (spinning)", place.file, place.line);
-  return format("%s:%d %s", place.file, place.line, place.what);
-}
-
-// One line per group of threads that wait at one place: "block 2 threads 0, 32-63: kernel.cu:120 (spinning)".
-std::string where_threads_wait(const Block& block) {
-  std::vector<std::pair<Place, std::string>> groups;
-  for (unsigned first = 0; first < block.runners.size();) {
-    const Place& place = block.runners[first].place;
-    unsigned last = first;
-    while (last + 1 < block.runners.size() && block.runners[last + 1].place == place) last++;
-    std::string range = first == last ? format("%u", first) : format("%u-%u", first, last);
-    auto group = std::find_if(groups.begin(), groups.end(), [&](auto& known) { return known.first == place; });
-    if (group == groups.end()) {
-      groups.emplace_back(place, range);
-    } else {
-      group->second += ", " + range;
-    }
-    first = last + 1;
-  }
-  std::string lines;
-  for (auto& [place, threads] : groups) {
-    lines += format("  block %u threads ", block.index) + threads + ": " + describe(place) + "\n";
-  }
-  return lines;
-}
-
-std::string where_everyone_waits() {
-  std::vector<const Block*> blocks;
-  for (auto& block : launch->active) blocks.push_back(block.get());
-  std::sort(blocks.begin(), blocks.end(), [](auto* a, auto* b) { return a->index < b->index; });
-  std::string lines;
-  for (auto* block : blocks) lines += where_threads_wait(*block);
-  for (unsigned index = launch->started; index < launch->blocks; index++) {
-    lines += format("  block %u: NOT RESIDENT (never started)\n", index);
-  }
-  return lines;
-}
+// ---- ending a launch -------------------------------------------------------------------------------------------------
 
 void stop(int code, std::string message) {
   launch->code = code;
@@ -174,8 +35,6 @@ void stop(int code, std::string message) {
 [[noreturn]] void diverged(const std::string& why) {
   stop_here(kDivergence, why + "\n" + where_threads_wait(*running().home));
 }
-
-std::string who(const Runner& runner) { return format("block %u thread %u", runner.block.x, runner.thread.x); }
 
 // ---- waiting ---------------------------------------------------------------------------------------------------------
 
@@ -194,15 +53,14 @@ void leave(Runner& me) {
   }
 }
 
-// All lanes of the warp meet; the last to come does `work` for all of them and runs on. Returns the half of the
-// warp's exchange that belongs to this meeting.
+// All lanes of the warp meet; the last to come does `work` for all of them and runs on. Returns the half of the warp's
+// exchange that belongs to this meeting.
 template <class Work>
-__attribute__((always_inline)) inline unsigned meet(unsigned mask, const char* what, const char* file,
-                                                            int line, Work work) {
+__attribute__((always_inline)) inline unsigned meet(unsigned mask, const char* what, const char* file, int line,
+                                                    Work work) {
   Runner& me = running();
   Warp& warp = *me.warp;
   const Place& place = me.now_at(what, file, line);
-  launch->vain_polls = 0;
   if (mask != kAllLanes) {
     stop_here(kRefused, format("%s:%d: %s with mask 0x%08x; only 0xffffffff is supported, by %s", file, line, what,
                                mask, who(me).c_str()));
@@ -225,39 +83,11 @@ __attribute__((always_inline)) inline unsigned meet(unsigned mask, const char* w
   return half;
 }
 
-void end_turn_sometimes() {
-  if (seeded && launch->random() % kBarriersPerTurn == 0) launch->turn_over = true;
-}
-
-// ---- matrix products -------------------------------------------------------------------------------------------------
-
-typedef float Row __attribute__((vector_size(32)));
-
-// Eight rows at a time: their sums stay in registers.
-__attribute__((target_clones("avx2", "default"))) void multiply(const MmaOperands& operands, Row* product) {
-  for (int rows = 0; rows < 16; rows += 8) {
-    Row sum[8] = {};
-    for (int k = 0; k < 16; k++) {
-      const Row b = *reinterpret_cast<const Row*>(operands.b[k]);
-#pragma GCC unroll 8
-      for (int m = 0; m < 8; m++) sum[m] += operands.a[rows + m][k] * b;
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < 8; m++) product[rows + m] = sum[m];
-  }
-}
-
-void multiply_for_warp(Warp& warp) {
-  alignas(32) float product[16][8];
-  multiply(warp.operands, reinterpret_cast<Row*>(product));
-  for (unsigned lane = 0; lane < kWarp; lane++) {
-    const unsigned row = lane / 4, column = lane % 4 * 2;
-    float* d = warp.products[lane];
-    d[0] += product[row][column];
-    d[1] += product[row][column + 1];
-    d[2] += product[row + 8][column];
-    d[3] += product[row + 8][column + 1];
-  }
+// The running lane could go on; a seeded schedule now and then lets another block run first.
+void give_way_sometimes() {
+  if (!launch->seeded || launch->random() % kEventsPerTurn != 0) return;
+  launch->turn_over = true;
+  Fiber::switch_to(running().fiber, launch->scheduler);
 }
 
 // ---- blocks ----------------------------------------------------------------------------------------------------------
@@ -269,7 +99,7 @@ void run_thread() {
   launch->kernel->run(launch->args);
   launch->end.release();
   me.now_at(kReturned, "", 0);
-  launch->vain_polls = 0;
+  launch->polls = 0;
   me.home->returned++;
   me.warp->ready &= ~(1u << me.lane);
   leave(me);
@@ -302,13 +132,9 @@ void start_block(unsigned index, size_t first_stack) {
     block->warps[w].ready = kAllLanes;
   }
   block->start.release();
-  launch->active.push_back(std::move(block));
+  launch->active.push_back(block.get());
+  launch->blocks_started.push_back(std::move(block));
   launch->started++;
-}
-
-void end_block(Block& block) {
-  for (auto& runner : block.runners) runner.fiber.discard();
-  free(block.shared);
 }
 
 bool can_run(const Block& block) {
@@ -328,7 +154,7 @@ bool wake_polling(Block& block) {
 // The next ready warp: in turn, or from a random one on.
 Runner& next_runner(Block& block) {
   const size_t warps = block.warps.size();
-  const size_t from = seeded ? launch->random() % warps : block.last_warp + 1;
+  const size_t from = launch->seeded ? launch->random() % warps : block.last_warp + 1;
   for (size_t i = 0; i < warps; i++) {
     const size_t at = (from + i) % warps;
     if (unsigned ready = block.warps[at].ready) {
@@ -341,11 +167,11 @@ Runner& next_runner(Block& block) {
 
 void run_blocks() {
   while (launch->started < launch->resident) start_block(launch->started, launch->started * launch->threads);
-  size_t turn = seeded ? launch->random() % launch->active.size() : 0;
+  size_t turn = launch->seeded ? launch->random() % launch->active.size() : 0;
   while (!launch->active.empty()) {
     Block& block = *launch->active[turn];
     // Who polls is asked again only when the block has nothing else to do, or at random.
-    if ((seeded && launch->random() % 2) || !can_run(block)) {
+    if ((launch->seeded && launch->random() % 2) || !can_run(block)) {
       if (!wake_polling(block) && !can_run(block)) {
         return stop(kDivergence, format("block %u can never go on: not all of its threads reach the same barrier\n",
                                         block.index) + where_threads_wait(block));
@@ -356,19 +182,26 @@ void run_blocks() {
     resume(launch->scheduler, next_runner(block));
     if (launch->code != kOk) return;
     if (block.returned == launch->threads) {
-      end_block(block);
-      const size_t stack = block.first_stack;
       launch->active.erase(launch->active.begin() + turn);
-      if (launch->started < launch->blocks) start_block(launch->started, stack);
+      if (launch->started < launch->blocks) {
+        start_block(launch->started, Stacks::kReusable ? block.first_stack : launch->started * launch->threads);
+      }
     } else if (!launch->turn_over && can_run(block)) {
       continue;
     } else {
       turn++;
     }
     if (launch->active.empty()) return;
-    turn = seeded ? launch->random() % launch->active.size() : turn % launch->active.size();
+    turn = launch->seeded ? launch->random() % launch->active.size() : turn % launch->active.size();
   }
 }
+
+#ifdef CUCPU_ASAN
+// AddressSanitizer knows one thread; this line ends its report.
+void say_who() {
+  if (current) fprintf(stderr, "cucpu: by %s\n", who(running()).c_str());
+}
+#endif
 
 const Kernel*& kernels() {
   static const Kernel* first = nullptr;
@@ -396,26 +229,22 @@ unsigned long long nanoseconds() { return ++launch->clock; }
 
 void spin(const char* file, int line) {
   Runner& me = running();
-  const Place place{kSpinning, file, line};
-  if (me.place == place) {
-    launch->clock += kPollNanoseconds;
-    if (++launch->vain_polls * kPollNanoseconds > launch->deadlock_seconds * 1e9) {
-      stop_here(kDeadlock, "deadlock: every thread waits for another\n" + where_everyone_waits());
-    }
-  } else {
-    me.place = place;
-    launch->vain_polls = 0;
-  }
+  me.now_at(kSpinning, file, line);
   me.loads = 0;
+  launch->clock += kPollNanoseconds;
+  if (++launch->polls * kPollNanoseconds > launch->deadlock_seconds * 1e9) {
+    stop_here(kDeadlock, format("deadlock: for %g s of polls nothing has changed that a thread could wait for\n",
+                                launch->deadlock_seconds) + where_everyone_waits());
+  }
   me.warp->ready &= ~(1u << me.lane);
   me.warp->polling |= 1u << me.lane;
-  launch->turn_over = seeded;
+  launch->turn_over = launch->seeded;
   leave(me);
 }
 
-void give_way() {
-  end_turn_sometimes();
-  if (launch->turn_over) Fiber::switch_to(running().fiber, launch->scheduler);
+void changed_memory() {
+  launch->polls = 0;
+  give_way_sometimes();
 }
 
 void trap(const char* message) {
@@ -424,8 +253,8 @@ void trap(const char* message) {
 }
 
 void too_many_loads(const char* file, int line) {
-  stop_here(kDeadlock, format("%s:%d: load_acquire in a loop that never calls cucpu::spin(), by %s\n", file, line,
-                              who(running()).c_str()) + where_everyone_waits());
+  stop_here(kDeadlock, format("%s:%d: load_acquire in a loop that never calls cucpu::spin(), by %s", file, line,
+                              who(running()).c_str()));
 }
 
 uint64_t shuffle(unsigned mask, uint64_t value, unsigned source, const char* what, const char* file, int line) {
@@ -471,7 +300,6 @@ void __syncthreads(const char* file, int line) {
   Block& block = *me.home;
   me.now_at("__syncthreads", file, line);
   me.loads = 0;
-  launch->vain_polls = 0;
   if (block.arrived == 0) {
     block.meeting = me.place;
   } else if (!(block.meeting == me.place)) {
@@ -486,7 +314,7 @@ void __syncthreads(const char* file, int line) {
     block.arrived = 0;
     block.barriers++;
     for (auto& warp : block.warps) warp.ready = kAllLanes;
-    give_way();
+    give_way_sometimes();
   }
   edge.acquire();
 }
@@ -504,7 +332,7 @@ CUCPU_EXPORT size_t cucpu_args_size(const char* kernel) {
 // Runs one launch to its end and returns a Code; `message` gets the report of any other than kOk.
 //   resident_blocks   how many run at once, 0 for all; each further one starts when one has finished
 //   seed              0: blocks take turns in order; else every choice is drawn from it
-//   deadlock_seconds  of the launch's own clock, in which only polls take time
+//   deadlock_seconds  of the launch's own clock, in which only polls take time: so many without any atomic in between
 CUCPU_EXPORT int cucpu_launch(const char* kernel, const void* args, unsigned blocks, unsigned threads, size_t shared_bytes,
                               unsigned resident_blocks, uint64_t seed, double deadlock_seconds, char* message,
                               size_t message_size) {
@@ -519,23 +347,31 @@ CUCPU_EXPORT int cucpu_launch(const char* kernel, const void* args, unsigned blo
   state.resident = resident_blocks ? std::min(resident_blocks, blocks) : blocks;
   state.shared_bytes = shared_bytes;
   state.deadlock_seconds = deadlock_seconds;
+  state.seeded = seed != 0;
   state.random.seed(seed);
   state.scheduler.adopt();
+#ifdef CUCPU_ASAN
+  __sanitizer_set_death_callback(say_who);
+#endif
   launch = &state;
-  seeded = seed != 0;
   if (!state.kernel) {
     stop(kRefused, format("no kernel named %s; was CUCPU_KERNEL(%s, ...) written after it?", kernel, kernel));
   } else if (blocks == 0 || threads == 0 || threads > 1024 || threads % kWarp != 0) {
     stop(kRefused, format("wanted at least 1 block of 32, 64, ... 1024 threads, got %u of %u", blocks, threads));
 #ifdef CUCPU_TSAN
-  } else if (uint64_t(state.resident) * threads > 8000) {
-    stop(kRefused, format("TSan knows at most 8000 threads at once, got %u blocks of %u", state.resident, threads));
+  } else if (uint64_t(blocks) * threads > 8000) {
+    stop(kRefused, format("the tsan flavour runs at most 8000 threads, got %u blocks of %u", blocks, threads));
 #endif
   } else {
     run_blocks();
     state.end.acquire();
   }
-  for (auto& block : state.active) end_block(*block);
+#ifdef CUCPU_TSAN
+  // Threads that were given up never handed over their memory: to free it would be a race of its own.
+  for (auto& block : state.blocks_started) {
+    if (state.code != kOk) block.release();
+  }
+#endif
   if (message && message_size) snprintf(message, message_size, "%s", state.message.c_str());
   launch = nullptr;
   current = nullptr;
