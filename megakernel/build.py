@@ -9,6 +9,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,8 +36,8 @@ class Cubin:
     """
 
     image: bytes
-    arch: str
     kernels: dict[str, Figures]
+    arch: str
     cuda: tuple[int, int]
     origin: str
 
@@ -51,17 +52,18 @@ def arch_for(name: str, capability: tuple[int, int]) -> str:
     return fitting[-1]
 
 
-def compile(defines: Mapping[str, object], arch: str, folder: Path = CSRC) -> Cubin:
+def compile(defines: Mapping[str, object], arch: str, folder: Path = CSRC, line_info: bool = False) -> Cubin:
     """The machine code of `folder`/frame.cu: prebuilt or cached, if these very sources were compiled before.
 
-    defines  macros; True is 1, and a float gets its f
-    arch     one of ARCHITECTURES
-    folder   frame.cu and all that it includes
+    defines    macros; True is 1, and a float gets its f
+    arch       one of ARCHITECTURES
+    folder     frame.cu and all that it includes
+    line_info  for profilers: more than doubles the image and changes no instruction
 
-    Safe in several processes at once. Raises BuildError: nothing is prebuilt and NVRTC is missing, or the first error
-    in the sources.
+    Safe in several threads and processes at once. Raises BuildError: nothing is prebuilt and NVRTC is missing, or the
+    first error in the sources.
     """
-    sources, flags = _sources(folder), _flags(defines)
+    sources, flags = _sources(folder), [*_flags(defines), *(["-lineinfo"] if line_info else [])]
     key = _key(sources, flags, arch)
     cuda, missing = None, None
     try:
@@ -77,9 +79,7 @@ def compile(defines: Mapping[str, object], arch: str, folder: Path = CSRC) -> Cu
     path = cache_folder() / "cuda-{}.{}".format(*cuda) / f"{key}.cubin"
     cubin = _load(path, "cached")
     if cubin is None:
-        # line numbers are for profilers; they name the working folder and change nothing else
-        image, kernels = nvrtc.translate(sources, MAIN, arch, [*flags, "-lineinfo"])
-        cubin = Cubin(image, arch, kernels, cuda, "compiled")
+        cubin = Cubin(*nvrtc.translate(sources, MAIN, arch, flags), arch, cuda, "compiled")
         try:
             _save(cubin, path)
         except OSError as error:
@@ -93,12 +93,15 @@ def prebuild(wanted: Iterable[tuple[Mapping[str, object], str]], folder: Path = 
     The same sources give the same bytes. Raises BuildError.
     """
     cuda, sources = nvrtc.version(), _sources(CSRC)
-    paths = []
-    for defines, arch in wanted:
+
+    def make(defines: Mapping[str, object], arch: str) -> Path:
         flags = _flags(defines)
-        image, kernels = nvrtc.translate(sources, MAIN, arch, flags)
-        paths.append(folder / f"{_key(sources, flags, arch)}.cubin")
-        _save(Cubin(image, arch, kernels, cuda, "prebuilt"), paths[-1])
+        path = folder / f"{_key(sources, flags, arch)}.cubin"
+        _save(Cubin(*nvrtc.translate(sources, MAIN, arch, flags), arch, cuda, "prebuilt"), path)
+        return path
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        paths = list(pool.map(make, *zip(*wanted, strict=True)))
     for stale in set(folder.glob("*.cubin")) - set(paths):
         stale.unlink()
     return paths
@@ -149,6 +152,6 @@ def _load(path: Path, origin: str) -> Cubin | None:
         kernels = {name: Figures(**figures) for name, figures in rest["kernels"].items()}
         major, minor = rest["cuda"]
         intact = hashlib.sha256(image).hexdigest() == rest["sha256"]
-        return Cubin(image, rest["arch"], kernels, (major, minor), origin) if intact else None
+        return Cubin(image, kernels, rest["arch"], (major, minor), origin) if intact else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -26,24 +26,6 @@ DRAWN = 64
 WIDTHS = (2, 4, 8, 16, 32)
 """Row counts of the products of a step."""
 
-BACKENDS = ("auto", "persistent", "graph", "torch")
-
-
-class UnavailableError(RuntimeError):
-    """A launcher that was asked for by name and cannot be had here."""
-
-
-def pick_backend(wanted: str, device: str) -> tuple[str, str]:
-    """The launcher to use and why not a better one. Raises UnavailableError for a name that cannot be had."""
-    if wanted not in BACKENDS:
-        raise UnavailableError(f"backend should be one of {', '.join(BACKENDS)}, but is {wanted!r}")
-    reason = "the CUDA launchers (persistent, graph) are not part of this version"
-    if device != "cuda":
-        reason = f"the CUDA launchers (persistent, graph) need an NVIDIA GPU and the device is {device}"
-    if wanted in ("persistent", "graph"):
-        raise UnavailableError(f"backend {wanted!r} cannot be had: {reason}; use --backend torch or auto")
-    return "torch", reason if wanted == "auto" else "asked for by name"
-
 
 class FrameStep(ABC):
     """Resident voices, advanced together.

@@ -1,4 +1,4 @@
-"""FrameStep over the CUDA source: keeps the rows' state and the scratch, fills in the columns, hands over to a launcher.
+"""FrameStep over the CUDA source: keeps the rows' state and the scratch, fills in the columns, calls a launcher.
 
 The launcher decides where the source runs: on a GPU in one launch or as a graph of phases, or on the CPU in tests.
 """
@@ -125,6 +125,12 @@ class KernelFrameStep(FrameStep):
         return args
 
     def _launch(self, table: str, columns: int) -> None:
+        block, phase, seen, wanted = self.report.tolist()
+        if block:
+            raise RuntimeError(
+                f"block {block - 1} waited in vain before phase {phase}: {seen} arrivals, wanted {wanted}; "
+                "the GPU's context is lost, restart the process"
+            )
         self._columns.copy_(self._staging, non_blocking=True)
         self.launcher.launch(table, columns, self._args(table))
         if self.launcher.waits:
@@ -156,7 +162,8 @@ class KernelFrameStep(FrameStep):
             raise ValueError(f"prefill takes 1 to {PIECE} positions a call, but got {length}")
         if voice.position + length > self.positions:
             raise ValueError(
-                f"row {row} holds {self.positions} positions: {voice.position} are used and {length} more were asked for"
+                f"row {row} holds {self.positions} positions: {voice.position} are used and {length} more were asked "
+                "for"
             )
         self.columns_host["row"] = -1
         used = self.columns_host[:length]

@@ -28,17 +28,18 @@ COLUMN = np.dtype(
     + [("unused", np.int32)]
 )
 
-_POINTERS = (
-    "talker predictor codec_head heads projection talker_norms predictor_norms projection_bias embeddings inputs "
-    "talker_rope predictor_rope kv pending history done columns text uniforms codes x0 x1 parts raw attended "
-    "attended_sums inner logits predictor_kv table barrier report"
-).split()
+_POINTERS = [
+    "talker", "predictor", "codec_head", "heads", "projection", "talker_norms", "predictor_norms",
+    "projection_bias", "embeddings", "inputs", "talker_rope", "predictor_rope", "kv", "pending", "history", "done",
+    "columns", "text", "uniforms", "codes", "x0", "x1", "parts", "raw", "attended", "attended_sums", "inner",
+    "logits", "predictor_kv", "table", "barrier", "report",
+]  # fmt: skip
 
 
 class Args(ctypes.Structure):
     """One launch: addresses, then numbers."""
 
-    _fields_ = [  # noqa: RUF012 - ctypes reads it from the class
+    _fields_ = [
         *[(name, ctypes.c_void_p) for name in _POINTERS],
         ("patience", ctypes.c_uint64),
         *[(name, ctypes.c_int32) for name in ("phases", "positions", "rows", "prefill")],

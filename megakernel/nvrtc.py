@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-OPTIONS = ("-std=c++17", "--no-source-include", "--ptxas-options=-v")
-"""Besides the architecture. Arithmetic is as written: no fast-math. No folder is searched for headers."""
+OPTIONS = ("-std=c++17", "--no-source-include", "--device-as-default-execution-space", "--ptxas-options=-v")
+"""Besides the architecture. Arithmetic is as written: no fast-math. No folder is searched for headers. What is not
+annotated is device code, or else lambdas would be refused."""
 
 
 class BuildError(RuntimeError):

@@ -29,7 +29,7 @@ def unpack_matrix(packed: Tensor, n: int, k: int) -> Tensor:
 
 
 def interleave(gate_up: Tensor) -> Tensor:
-    """gate_up [2 I, K] with its rows in groups of eight gates and their eight ups, so that one tile makes eight outputs."""
+    """gate_up [2 I, K] in groups of eight gates and their eight ups, so that one tile makes eight outputs."""
     gate, up = (half.unflatten(0, (-1, 8)) for half in gate_up.chunk(2))
     return torch.stack([gate, up], 1).flatten(0, 2)
 

@@ -194,7 +194,7 @@ def accesses(phase: Phase, shape: Shape, cuts: dict[Part, Cut]) -> Accesses:
 
 
 def verify(phases: Sequence[Phase], shape: Shape, cuts: dict[Part, Cut], dropped: Collection[int] = ()) -> list[str]:
-    """Everything wrong with a table whose barriers `dropped` (index of the phase before them) are left out; [] if sound."""
+    """What is wrong with a table without the barriers `dropped` (index of the phase before each); [] if it is sound."""
     never, before = -1, -2  # in place of the stretch between two barriers in which something was written
     state: dict[str, dict[str, np.ndarray]] = {}
     stretch, wrong = 0, []

@@ -93,7 +93,7 @@ def _torch(
 ) -> dict[str, Any]:
     import torch
 
-    from megakernel.frame_step import UnavailableError, pick_backend
+    from megakernel.choose import UnavailableError
     from pipecat_qwen3.device import cpu_has_bf16, cuda_missing, pick_device, pick_dtype
     from pipecat_qwen3.errors import TTSError
 
@@ -112,10 +112,9 @@ def _torch(
     try:
         where = pick_device(device)
         number_format = pick_dtype(dtype, where)
-        name, reason = pick_backend(backend, where.type)
         short = "bf16" if number_format == torch.bfloat16 else "fp32"
-        findings |= {"device": where.type, "dtype": short, "backend": name, "backend_reason": reason}
-        findings |= _model(model, where.type, number_format.itemsize)
+        findings |= {"device": where.type, "dtype": short}
+        findings |= _model(model, where.type, number_format, backend)
     except (TTSError, UnavailableError) as error:
         problems.append(_line(error))
     return findings
@@ -128,9 +127,10 @@ def _gpu_name() -> str:
     return f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 
 
-def _model(model: str, device: str, itemsize: int) -> dict[str, Any]:
+def _model(model: str, device: str, dtype: Any, backend: str) -> dict[str, Any]:
     import inspect
 
+    from megakernel.choose import choose
     from pipecat_qwen3.checkpoint import Checkpoint, Tensors
     from pipecat_qwen3.local import LocalBackend
 
@@ -140,10 +140,15 @@ def _model(model: str, device: str, itemsize: int) -> dict[str, Any]:
     options = inspect.signature(LocalBackend.open).parameters
     max_batch, positions = options["max_batch"].default, options["positions"].default
     rows = max_batch if device == "cpu" else 4 * max_batch
-    talker = checkpoint.config.shape.talker
-    size = 2 * talker.layers * talker.kv_size * positions * rows * itemsize
-    pool = {"max_batch": max_batch, "rows": rows, "positions": positions, "bytes": size}
-    return {"voices": list(checkpoint.config.speakers), "kv_pool": pool}
+    shape = checkpoint.config.shape
+    choice = choose(backend, device, dtype, shape, max_batch)
+    size = 2 * shape.talker.layers * shape.talker.kv_size * positions * rows * dtype.itemsize
+    return {
+        "backend": choice.name,
+        "backend_reason": choice.reason,
+        "voices": list(checkpoint.config.speakers),
+        "kv_pool": {"max_batch": max_batch, "rows": rows, "positions": positions, "bytes": size},
+    }
 
 
 def _version(library: str) -> str | None:

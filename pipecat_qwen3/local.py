@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from megakernel.frame_step import TorchFrameStep, UnavailableError, pick_backend
+from megakernel.choose import UnavailableError, choose, make_step
 from megakernel.sampler import Sampling
 from pipecat_qwen3.backend import Layout, Request, Stream
 from pipecat_qwen3.checkpoint import EMBEDDED, Checkpoint
@@ -48,14 +48,19 @@ class LocalBackend:
         max_batch: int,
         device: torch.device,
         dtype: torch.dtype,
-        backend: tuple[str, str],
+        backend: str,
         positions: int,
         progress: Callable[[str], None],
     ) -> None:
         began = time.monotonic()
         self.checkpoint, self.config, self.max_batch = checkpoint, checkpoint.config, max_batch
         self.device, self.dtype = device, dtype
-        self.backend_name, self.backend_reason = backend
+        progress("choosing the backend")
+        try:
+            choice = choose(backend, device.type, dtype, self.config.shape, max_batch)
+        except UnavailableError as error:
+            raise BackendError(str(error)) from None
+        self.backend_name, self.backend_reason = choice.name, choice.reason
         self.tokenizer = checkpoint.load_tokenizer()
         self._rates: dict[str | None, Rate] = {}
         progress("loading weights")
@@ -68,7 +73,7 @@ class LocalBackend:
         del talker
         codec = checkpoint.load_codec().to(device).fold()
         rows = max_batch if device.type == "cpu" else 4 * max_batch
-        step = TorchFrameStep(weights, self.config.shape, rows, max_batch, positions)
+        step = make_step(choice, weights, self.config.shape, rows, max_batch, positions)
         del weights  # the step has packed copies
         state = CodecState.zeros(checkpoint.codec_config, rows, device)
         ids = self.config.ids
@@ -113,10 +118,6 @@ class LocalBackend:
             raise BadRequestError(f"positions should be an integer in 64..{MAX_POSITIONS}, but is {positions!r}")
         where = pick_device(device)
         number_format = pick_dtype(dtype, where)
-        try:
-            chosen = pick_backend(backend, where.type)
-        except UnavailableError as error:
-            raise BackendError(str(error)) from None
         if where.type == "cuda":
             # The codec's 1e-4 agreement with the official decoder does not survive TF32 convolutions.
             torch.backends.cudnn.allow_tf32 = False
@@ -125,7 +126,7 @@ class LocalBackend:
             max_batch=max_batch,
             device=where,
             dtype=number_format,
-            backend=chosen,
+            backend=backend,
             positions=positions,
             progress=progress or (lambda _: None),
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megakernel.frame_step import TorchFrameStep, UnavailableError, pick_backend
+from megakernel.frame_step import TorchFrameStep
 from megakernel.sampler import Sampling
 from pipecat_qwen3.checkpoint import Checkpoint
 from pipecat_qwen3.talker import decode_weights
@@ -149,14 +149,3 @@ def test_misuse_is_named(make_step: Callable[[], TorchFrameStep]) -> None:
     step.live[0].position = 64
     with pytest.raises(ValueError, match=r"rows \[0\] hold 64 positions and are full"):
         step.step([0], torch.zeros(1, hidden, dtype=step.pending.dtype))
-
-
-def test_a_launcher_that_cannot_be_had_is_refused_by_name_only() -> None:
-    name, reason = pick_backend("auto", "cpu")
-    assert name == "torch"
-    assert "GPU" in reason
-    for wanted in ("persistent", "graph"):
-        with pytest.raises(UnavailableError, match=wanted):
-            pick_backend(wanted, "cpu")
-    with pytest.raises(UnavailableError, match="one of auto, persistent"):
-        pick_backend("fast", "cpu")

@@ -48,6 +48,8 @@ struct PhaseArgs {
 
 }  // namespace mk
 
+// ENTRY 1 or 2 compiles one of them alone.
+#if !defined(ENTRY) || ENTRY == 1
 MK_KERNEL(persistent, mk::Args) {
     using namespace mk;
     GridBarrier barrier{args, args.arrived};
@@ -61,7 +63,9 @@ MK_KERNEL(persistent, mk::Args) {
         if (p + 1 < args.phases) barrier.arrive();
     }
 }
+#endif
 
+#if !defined(ENTRY) || ENTRY == 2
 MK_KERNEL(phase, mk::PhaseArgs) {
     using namespace mk;
     const Args& a = args.args;
@@ -74,3 +78,4 @@ MK_KERNEL(phase, mk::PhaseArgs) {
     run(block, now);
     let_next_kernel_start();
 }
+#endif

@@ -15,7 +15,7 @@ SOURCES = Path(__file__).parent.parent / "csrc"
 class PhaseArgs(ctypes.Structure):
     """One phase of a table as a launch of its own."""
 
-    _fields_ = [("args", Args), ("index", ctypes.c_int32)]  # noqa: RUF012 - ctypes reads it from the class
+    _fields_ = [("args", Args), ("index", ctypes.c_int32)]
 
 
 class CpuLauncher(Launcher):
@@ -37,7 +37,8 @@ class CpuLauncher(Launcher):
         flavour: cucpu.Flavour = "plain",
     ) -> None:
         self.shape, self.blocks, self.threads, self.waits = shape, blocks, threads, not phases
-        self.fp32, self.seed, self.staged_bytes, self.flavour = fp32, seed, staged_bytes, flavour
+        self.fp32, self.seed, self.staged_bytes = fp32, seed, staged_bytes
+        self.flavour: cucpu.Flavour = flavour
         self.cuts = {
             Part.TALKER: schedule.cut(shape.talker, blocks, threads // 32),
             Part.PREDICTOR: schedule.cut(shape.predictor, blocks, threads // 32),
