@@ -74,8 +74,8 @@ MK_KERNEL(phase, mk::PhaseArgs) {
     block.read_ahead_for_next();  // weights alone: the kernel before this one may still be running
     block.next = Phase{0xffffffffu};
     wait_for_previous_kernel();
+    let_next_kernel_start();  // to read ahead; it waits in turn until this one has ended
     begin(a);
     run(block, now);
-    let_next_kernel_start();
 }
 #endif
