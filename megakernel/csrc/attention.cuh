@@ -86,8 +86,8 @@ struct Cache {
 template <class S>
 struct AttentionWork {
     float fresh[2][NEW_POSITIONS][HEAD_DIM];
-    float sums[WARPS][S::group][2];
     float acc[WARPS][S::group][HEAD_DIM];
+    float sums[WARPS][S::group][2];
 };
 
 template <class S>

@@ -54,17 +54,18 @@ MK_DEV Quad narrow4(float4 x) { return Quad{{narrow(x.x), narrow(x.y), narrow(x.
 #ifdef MK_CPU
 
 MK_DEV Fragment load_weights(const Fragment* p) { return *p; }
-MK_DEV void mma(float (&d)[4], const Fragment& a, const Quad& b) {
+#define MK_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
+MK_DEV void mma(float (&d)[4], const Fragment& a, const Quad& b, MK_CALLER) {
 #ifdef MK_FLOAT
-    cucpu::mma_m16n8k16<float>(d, (const float*)a.e, (const float*)b.e);
+    cucpu::mma_m16n8k16<float>(d, (const float*)a.e, (const float*)b.e, file, line);
 #else
-    cucpu::mma_m16n8k16<cucpu::bfloat16>(d, (const cucpu::bfloat16*)a.e, (const cucpu::bfloat16*)b.e);
+    cucpu::mma_m16n8k16<cucpu::bfloat16>(d, (const cucpu::bfloat16*)a.e, (const cucpu::bfloat16*)b.e, file, line);
 #endif
 }
 MK_DEV u32 load_acquire(const u32* p) { return cucpu::load_acquire(p); }
 MK_DEV void add_release(u32* p, u32 v) { cucpu::add_release(p, v); }
 MK_DEV u64 nanoseconds() { return cucpu::nanoseconds(); }
-MK_DEV void pause(u32) { cucpu::spin(__FILE__, __LINE__); }
+MK_DEV void pause(u32, MK_CALLER) { cucpu::spin(file, line); }
 MK_DEV void stop() { cucpu::trap("the grid barrier timed out"); }
 MK_DEV void wait_for_previous_kernel() {}
 MK_DEV void let_next_kernel_start() {}

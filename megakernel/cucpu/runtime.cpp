@@ -95,7 +95,6 @@ void give_way_sometimes() {
 void run_thread() {
   Fiber::entered(launch->scheduler);
   Runner& me = running();
-  me.home->start.acquire();
   launch->kernel->run(launch->args);
   launch->end.release();
   me.now_at(kReturned, "", 0);
@@ -131,7 +130,6 @@ void start_block(unsigned index, size_t first_stack) {
     block->warps[w].lanes = &block->runners[w * kWarp];
     block->warps[w].ready = kAllLanes;
   }
-  block->start.release();
   launch->active.push_back(block.get());
   launch->blocks_started.push_back(std::move(block));
   launch->started++;

@@ -72,7 +72,7 @@ struct Block {
   unsigned returned = 0;  // threads
   unsigned last_warp = 0;
   void* shared = nullptr;
-  Edge start, edge[2];
+  Edge edge[2];
 
   ~Block() { free(shared); }
 };
