@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PY = $(VENV)/bin/python
 
 .DEFAULT_GOAL = help
-.PHONY: say test test-slow parity lint format clean help
+.PHONY: say test test-slow parity cubins lint format clean help
 
 say: $(VENV)/installed ## speak TEXT="…" into OUT=hello.wav; ARGS="--seed 7" are passed on
 	@$(PY) -m pipecat_qwen3 say -o "$$SAY_OUT" $(ARGS) -- "$$SAY_TEXT"
@@ -32,6 +32,9 @@ test-slow: $(VENV)/installed-dev ## the tests that take minutes
 
 parity: $(VENV)/installed-dev ## compare with the official qwen-tts package, installed into a venv of its own
 	$(PY) -m tests.parity $(ARGS)
+
+cubins: $(VENV)/installed-dev ## compile the kernels that a wheel brings along (needs no GPU)
+	$(PY) -m megakernel.prebuild
 
 lint: $(VENV)/installed-dev ## ruff and pyright
 	$(PY) -m ruff check

@@ -359,6 +359,7 @@ MK_DEV void sample(Block& b, int code) {
         const Column& c = b.w.columns[column];
         if (c.row < 0) continue;
         int drawn = pick(a, *(SampleWork*)b.w.space, c, column, code);
+        if (drawn >= (code == 0 ? VOCAB : CODES)) drawn = 0;  // no logit was a number; the twin answers 0, too
         int entry = drawn < CODES ? drawn : CODES - 1;
         int* codes = a.codes + column * CODEBOOKS;
         if (threadIdx.x == 0) {

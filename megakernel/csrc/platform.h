@@ -134,7 +134,7 @@ MK_DEV char* shared_memory() {
 
 constexpr int LANES = 32;
 constexpr int WARPS = THREADS / LANES;
-constexpr float NEGATIVE_INFINITY = -__builtin_huge_valf();
+constexpr float NEGATIVE_INFINITY = __builtin_bit_cast(float, 0xff800000u);  // NVRTC knows no INFINITY
 
 MK_DEV float add_over(float v, int from, int below) {  // sum over the lanes that differ in the bits from .. below/2
     for (int bit = from; bit < below; bit *= 2) v += __shfl_xor_sync(0xffffffffu, v, bit);

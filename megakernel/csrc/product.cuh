@@ -10,7 +10,8 @@
 
 namespace mk {
 
-constexpr int READ_AHEAD = 4096 / THREADS;  // fragments that a lane keeps in flight, across the grid barrier too: 64 KB a block
+// Fragments that a lane keeps in flight, across the grid barrier too: 64 KB a block, or half of it beside 32 columns' sums.
+constexpr int READ_AHEAD = (COLUMNS > 16 ? 2048 : 4096) / THREADS;
 constexpr int REDUCED_TILES = 4;            // tiles x 8 columns whose warp sums fit into Work::sums at once
 
 struct Ahead {
