@@ -4,6 +4,7 @@
 TEXT = Hello there. How can I help you today?
 OUT = hello.wav
 ARGS =
+WORK = build/voice
 VENV = .venv
 # Where to take torch from; empty: pip's own index. A Linux machine without a card saves gigabytes by naming an index of
 # CPU wheels.
@@ -19,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PY = $(VENV)/bin/python
 
 .DEFAULT_GOAL = help
-.PHONY: say test test-slow parity cubins lint format clean help
+.PHONY: say test test-slow parity voice cubins lint format clean help
 
 say: $(VENV)/installed ## speak TEXT="…" into OUT=hello.wav; ARGS="--seed 7" are passed on
 	@$(PY) -m pipecat_qwen3 say -o "$$SAY_OUT" $(ARGS) -- "$$SAY_TEXT"
@@ -36,6 +37,9 @@ parity: $(VENV)/installed-dev ## compare with the official qwen-tts package, ins
 cubins: $(VENV)/installed-dev ## compile the kernels that a wheel brings along (needs no GPU)
 	$(PY) -m megakernel.prebuild
 
+voice: $(VENV)/installed-training ## train the embedded voice from nothing in WORK=build/voice (hours without a GPU), or go on with it
+	@$(PY) -m training "$(WORK)" $(ARGS)
+
 lint: $(VENV)/installed-dev ## ruff and pyright
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
@@ -45,8 +49,9 @@ format: $(VENV)/installed-dev ## let ruff rewrite the code
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-clean: ## remove what make made: the venvs, caches, build outputs
-	rm -rf $(VENV) .parity build dist .pytest_cache .ruff_cache *.egg-info
+clean: ## remove what make made: the venvs, caches, build outputs; a voice in training stays
+	[ ! -d build ] || find build -mindepth 1 -maxdepth 1 ! -name voice -exec rm -rf {} +
+	rm -rf $(VENV) .parity dist .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## this list
@@ -86,4 +91,8 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(PY)
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(call quietly,the test tools,$(PIP_INSTALL) -e '.[dev]')
+	@touch $@
+
+$(VENV)/installed-training: $(VENV)/installed
+	$(call quietly,what training needs,$(PIP_INSTALL) -e '.[training]')
 	@touch $@

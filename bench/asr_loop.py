@@ -1,305 +1,252 @@
 """Sentences in, word error rates out: text -> our engine -> audio -> speech recognition -> text.
 
-    python -m bench.asr_loop [--model M] [--sentences N] [--voice V] [--layout whole|streaming] [--asr sphinx|whisper]
+    python -m bench.asr_loop [--model NAME_OR_FOLDER] [--voices V …] [--layouts whole streaming] [--sampling greedy own]
+    python -m bench.asr_loop --recordings FOLDER      # hears what training.evaluate_codec wrote instead of speaking
+    python -m bench.asr_loop --runaways 1000          # speaks generated sentences and looks only at how they end
+    python -m bench.asr_loop --compare A.json B.json  # two results of the first form, paired by sentence
 
-Beside every condition stands the recogniser's own error on flite's recording of the same sentence (the voices slt and
-rms were taught by flite; needs its command line program). The sentences are training/held_out.tsv: no training text
-holds any of them. Sampling is the checkpoint's own unless --greedy. Results go to bench/results/ as JSON with every
-sentence.
+The sentences are training/held_out.tsv: no training text holds any of them. Beside every figure stands the recogniser's
+own error on flite's recording of the same sentence (flite taught the voices slt and rms; needs its program). The result
+is a JSON with every utterance, in bench/results unless --json says where. It is written after every condition, and the
+same command goes on where it was stopped; flite's recordings are heard once for all runs.
 """
 
 import argparse
-import csv
+import hashlib
 import json
-import platform
 import re
-import shutil
-import subprocess
-import tempfile
 import time
-import wave
-from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import soxr
 import torch
 
-from pipecat_qwen3.backend import SAMPLE_RATE, Layout, Request
+from bench import runaways
+from bench.machine import RESULTS, facts
+from bench.recognise import RATE, HearAll, sphinxes, whisper, word_errors, words_of
+from bench.speak import (
+    MARGIN_S,
+    STRETCH,
+    Condition,
+    Sentence,
+    audio_of,
+    flite,
+    read_sentences,
+    recorded,
+    speak,
+    speech_seconds,
+)
+from bench.word_errors import Spoken, compare, tables
+from pipecat_qwen3.backend import Result
+from pipecat_qwen3.files import weight_files
 from pipecat_qwen3.local import LocalBackend
 
-ROOT = Path(__file__).resolve().parent.parent
-SENTENCES = ROOT / "training" / "held_out.tsv"
-STRETCH = {"slt": 1.1, "rms": 1.0}
-"""duration_stretch of flite's recordings, as in training."""
+Teacher = dict[str, tuple[str, float]]
+"""By text: what was heard in flite's recording, and its seconds of speech."""
 
-LEAD_S, TAIL_S = 0.05, 0.14
-"""Silence around the speech in training: what an utterance has at its two ends when its end comes in time."""
-
-SAME = {"dr": "doctor", "mr": "mister", "mrs": "missus", "ok": "okay", "colour": "color", "grey": "gray"}
-RECOGNISER_RATE = 16_000
-
-Hear = Callable[[np.ndarray], str]
-"""Audio [samples] at 16 kHz in, the words that were understood out."""
+FLITE = RESULTS / "flite_heard.json"
 
 
-class Sentence(NamedTuple):
-    """A text of a group ("plain", "unseen", …) and the words that it is spoken as."""
-
-    group: str
-    text: str
-    words: list[str]
-
-
-Utterance = tuple[Sentence, np.ndarray, str]
-"""A sentence, its audio [samples] at 16 kHz, and how its speech ended."""
-
-
-class Spoken(NamedTuple):
-    """One utterance as it was heard: word errors of ours and of flite's, and by how many seconds ours is longer."""
-
-    sentence: Sentence
-    voice: str
-    layout: str
-    heard: str
-    errors: int
-    flite_errors: int | None
-    longer_s: float | None
-    end: str
-    seconds: float
+def heard_of_flite(sentences: Sequence[Sentence], voice: str, hear: HearAll, asr: str, path: Path = FLITE) -> Teacher:
+    """What the recogniser of that name hears in flite's recordings; kept in the file `path`."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    here = known.setdefault(f"{asr}: {voice}, stretch {STRETCH.get(voice)}", {})
+    recordings = {s.text: flite(s.text, voice) for s in sentences if s.text not in here}
+    found = {text: audio for text, audio in recordings.items() if audio is not None}
+    for (text, audio), heard in zip(found.items(), hear(found.values()), strict=True):
+        here[text] = heard, round(speech_seconds(audio), 2)
+    if found:
+        path.write_text(json.dumps(known, indent=0) + "\n")
+    return here
 
 
-def words_of(text: str) -> list[str]:
-    """Words as they are compared: lower case, one spelling."""
-    found: list[str] = re.findall(r"[a-z']+", text.lower().replace("’", "'").replace(".m.", "m"))
-    bare = [word.strip("'") for word in found]
-    return [SAME.get(word, word) for word in bare if word]
-
-
-def read_sentences(count: int | None) -> list[Sentence]:
-    """The held-out sentences, or `count` of them spread over all groups."""
-    with SENTENCES.open(encoding="utf-8") as file:
-        rows = [(r["group"], r["text"], r["spoken"]) for r in csv.DictReader(file, delimiter="\t")]
-    sentences = [Sentence(group, text, words_of(spoken or text)) for group, text, spoken in rows]
-    if count is None or count >= len(sentences):
-        return sentences
-    return [sentences[i * len(sentences) // count] for i in range(count)]
-
-
-def word_errors(wanted: Sequence[str], heard: Sequence[str]) -> int:
-    """Fewest substitutions, insertions and deletions that turn one into the other (Levenshtein)."""
-    row = list(range(len(heard) + 1))
-    for i, word in enumerate(wanted, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(heard, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
-    return row[-1]
-
-
-def sphinx() -> Hear:
-    """pocketsphinx, whose English model comes inside its wheel."""
-    from pocketsphinx import Decoder
-
-    decoder = Decoder(samprate=RECOGNISER_RATE, loglevel="FATAL")
-    dither = np.random.RandomState(0)
-
-    def hear(audio: np.ndarray) -> str:
-        padded = np.pad(audio, (3200, 4800)) * 32767
-        padded = padded + dither.randint(-4, 5, len(padded))  # digital silence confuses its noise estimate
-        decoder.start_utt()
-        decoder.process_raw(np.clip(padded, -32768, 32767).astype(np.int16).tobytes(), full_utt=True)
-        decoder.end_utt()
-        found = decoder.hyp()
-        return found.hypstr if found else ""
-
-    return hear
-
-
-def whisper() -> Hear:
-    """faster-whisper, for checkpoints whose voices pocketsphinx has no model for; `pip install faster-whisper`."""
-    from faster_whisper import WhisperModel  # type: ignore[import-not-found]
-
-    model = WhisperModel("small.en")
-
-    def hear(audio: np.ndarray) -> str:
-        segments, _ = model.transcribe(audio.astype(np.float32), language="en")
-        return " ".join(segment.text for segment in segments)
-
-    return hear
-
-
-def flite(text: str, voice: str) -> np.ndarray | None:
-    """flite's recording, float [samples] at 16 kHz, or None without flite or for another voice."""
-    if voice not in STRETCH or shutil.which("flite") is None:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "said.wav"
-        stretch = f"duration_stretch={STRETCH[voice]}"
-        subprocess.run(["flite", "-voice", voice, "--setf", stretch, "-t", text, "-o", str(path)], check=True)
-        with wave.open(str(path)) as file:
-            return np.frombuffer(file.readframes(file.getnframes()), np.int16) / 32768
-
-
-def speech_seconds(audio: np.ndarray) -> float:
-    """From the first to the last 10 ms louder than 1 % of the loudest, at 16 kHz."""
-    usable = len(audio) // 160 * 160
-    level = np.sqrt((audio[:usable].reshape(-1, 160) ** 2).mean(1)) if usable else np.zeros(1)
-    loud = np.flatnonzero(level > 0.01 * level.max())
-    return 0.01 * float(loud[-1] - loud[0] + 1) if len(loud) else 0.0
-
-
-def speak(
-    backend: LocalBackend, sentences: Sequence[Sentence], voice: str, layout: Layout, **options: Any
-) -> Iterable[Utterance]:
-    """Speak sentences in one voice and layout, as many at once as the engine takes; options are Request's."""
-    size = backend.max_batch
-    for begin in range(0, len(sentences), size):
-        group = sentences[begin : begin + size]
-        streams = [
-            backend.speak(Request(text=s.text, voice=voice, layout=layout, seed=begin + i, ahead_s=None, **options))
-            for i, s in enumerate(group)
-        ]
-        for sentence, stream in zip(group, streams, strict=True):
-            pcm = np.concatenate([chunk.pcm for chunk in stream])
-            yield sentence, soxr.resample(pcm / 32768, SAMPLE_RATE, RECOGNISER_RATE), stream.wait().end
-
-
-def original(sentence: Sentence, voice: str, hear: Hear) -> tuple[int, float] | tuple[None, None]:
-    """Word errors and seconds of flite's own recording; heard once in a process."""
-    key = (sentence.text, voice)
-    if key not in _ORIGINALS:
-        audio = flite(*key)
-        if audio is None:
-            return None, None
-        _ORIGINALS[key] = word_errors(sentence.words, words_of(hear(audio))), speech_seconds(audio)
-    return _ORIGINALS[key]
-
-
-_ORIGINALS: dict[tuple[str, str], tuple[int, float]] = {}
-
-
-def recorded(folder: Path, sentences: Sequence[Sentence], voice: str) -> Iterable[Utterance]:
-    """Recordings FOLDER/VOICE/NUMBER.wav (24 kHz) of sentences by their number, instead of speaking them."""
-    numbers = {sentence.text: number for number, sentence in enumerate(read_sentences(None))}
-    for sentence in sentences:
-        with wave.open(str(folder / voice / f"{numbers[sentence.text]:03d}.wav")) as file:
-            pcm = np.frombuffer(file.readframes(file.getnframes()), np.int16)
-        yield sentence, soxr.resample(pcm / 32768, SAMPLE_RATE, RECOGNISER_RATE), "eos"
-
-
-def listen(utterances: Iterable[Utterance], hear: Hear, voice: str, layout: str) -> list[Spoken]:
-    """Hear utterances of one voice and layout."""
+def listen(
+    sentences: Sequence[Sentence],
+    utterances: Sequence[tuple[np.ndarray, Result]],
+    hear: HearAll,
+    how: Condition,
+    teacher: Teacher,
+) -> list[Spoken]:
+    """Hear the utterances of the sentences, all of one condition."""
     spoken = []
-    for sentence, audio, end in utterances:
-        heard, seconds = hear(audio), len(audio) / RECOGNISER_RATE
-        errors = word_errors(sentence.words, words_of(heard))
-        flite_errors, flite_s = original(sentence, voice, hear)
-        longer = None if flite_s is None else seconds - LEAD_S - TAIL_S - flite_s
-        spoken.append(Spoken(sentence, voice, layout, heard, errors, flite_errors, longer, end, seconds))
+    everything = hear(audio for audio, _ in utterances)
+    for sentence, (audio, result), heard in zip(sentences, utterances, everything, strict=True):
+        seconds = len(audio) / RATE
+        said, flite_s = teacher.get(sentence.text, (None, None))
+        spoken.append(
+            Spoken(
+                sentence.text,
+                sentence.group,
+                *how,
+                words=len(sentence.words),
+                heard=heard,
+                errors=word_errors(sentence.words, words_of(heard)),
+                flite_errors=None if said is None else word_errors(sentence.words, words_of(said)),
+                longer_s=None if flite_s is None else round(seconds - MARGIN_S - flite_s, 3),
+                end=result.end,
+                seconds=round(seconds, 3),
+            )
+        )
     return spoken
 
 
-def error_rate(spoken: Sequence[Spoken], of: Callable[[Spoken], int | None]) -> tuple[float, float] | None:
-    """Word error rate and the half width of its 95 % interval by resampling whole sentences; None where unknown."""
-    pairs = np.array([(of(s), len(s.sentence.words)) for s in spoken if of(s) is not None], float)
-    if not len(pairs):
-        return None
-    drawn = pairs[np.random.default_rng(0).integers(len(pairs), size=(1000, len(pairs)))].sum(1)
-    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], (2.5, 97.5))
-    return float(pairs[:, 0].sum() / pairs[:, 1].sum()), float(high - low) / 2
+@contextmanager
+def recogniser(options: argparse.Namespace) -> Iterator[tuple[str, HearAll]]:
+    """Name and recogniser that the command line asks for."""
+    if options.asr == "whisper":
+        hear = whisper(options.whisper)
+        yield f"whisper {options.whisper}", lambda audio: [hear(one) for one in audio]
+    else:
+        with sphinxes(options.jobs) as hear_all:
+            yield f"pocketsphinx {version('pocketsphinx')}", hear_all
 
 
-def summary(spoken: Sequence[Spoken]) -> dict[str, Any]:
-    """The figures of some utterances."""
-    ours, theirs = error_rate(spoken, lambda s: s.errors), error_rate(spoken, lambda s: s.flite_errors)
-    longer = [s.longer_s for s in spoken if s.longer_s is not None]
-    away = [s for s in spoken if s.end != "eos" or (s.longer_s or 0) > 2.0]
-    return {
-        "sentences": len(spoken),
-        "words": sum(len(s.sentence.words) for s in spoken),
-        "wer": None if ours is None else round(ours[0], 4),
-        "wer_interval": None if ours is None else round(ours[1], 4),
-        "flite_wer": None if theirs is None else round(theirs[0], 4),
-        "end_error_s": round(float(np.median(np.abs(longer))), 3) if longer else None,
-        "end_bias_s": round(float(np.mean(longer)), 3) if longer else None,
-        "runaways_per_1000": round(1000 * len(away) / len(spoken), 1),
-    }
+def open_model(options: argparse.Namespace) -> tuple[LocalBackend, dict[str, Any], list[Condition]]:
+    """The engine, all that decides its words, and the conditions that were asked for."""
+    size = options.max_batch
+    backend = LocalBackend.open(options.model, dtype=options.dtype, device=options.device, max_batch=size)
+    folder = backend.checkpoint.folder
+    digest = hashlib.sha256()
+    for file in (*weight_files(folder), *weight_files(folder / "speech_tokenizer"), folder / "generation_config.json"):
+        digest.update(file.read_bytes())
+    setting = {"device": str(backend.device), "dtype": str(backend.dtype), "max_batch": size}
+    hows = product(options.voices or backend.voices, options.layouts, options.sampling)
+    return (
+        backend,
+        {"model": options.model, "weights": digest.hexdigest()[:16]} | setting,
+        [Condition(*h) for h in hows],
+    )
 
 
-def tables(spoken: Sequence[Spoken]) -> dict[str, dict[str, Any]]:
-    """Summaries by voice and layout, and within them by group of sentences."""
-    found = {}
-    for voice, layout in sorted({(s.voice, s.layout) for s in spoken}):
-        here = [s for s in spoken if (s.voice, s.layout) == (voice, layout)]
-        found[f"{voice} {layout}"] = summary(here)
-        for group in dict.fromkeys(s.sentence.group for s in here):
-            found[f"{voice} {layout} {group}"] = summary([s for s in here if s.sentence.group == group])
-    return found
+def loop(options: argparse.Namespace, path: Path, asr: str, hear: HearAll) -> None:
+    """Speak or read, hear, write the JSON after every condition, print a table."""
+    sentences, backend, extra = read_sentences(options.sentences), None, {}
+    key: dict[str, Any] = {"asr": asr, "sentences": len(sentences)}
+    if folder := options.recordings:
+        conditions = [Condition(voice, "recorded", "codec") for voice in options.voices or STRETCH]
+        key |= {"recordings": str(folder)}
+        if (figures := folder / "figures.json").exists():
+            extra = {"resynthesis": json.loads(figures.read_text())}
+    else:
+        backend, setting, conditions = open_model(options)
+        key |= setting
+    spoken = unfinished(path, key)
+    for how in conditions:
+        if str(how) in {s.condition for s in spoken}:
+            continue
+        began = time.monotonic()
+        if backend is None:
+            utterances = list(recorded(folder, sentences, how.voice))
+        else:
+            utterances = [audio_of(stream) for stream in speak(backend, [s.text for s in sentences], how)]
+        said = time.monotonic()
+        spoken += listen(sentences, utterances, hear, how, heard_of_flite(sentences, how.voice, hear, asr))
+        print(f"{how}: spoken in {said - began:.0f} s, heard in {time.monotonic() - said:.0f} s", flush=True)
+        write(path, key, extra | {"figures": tables(spoken), "utterances": [s._asdict() for s in spoken]})
+    if backend is not None:
+        backend.close()
+    print_tables(tables(spoken))
+
+
+def unfinished(path: Path, key: dict[str, Any]) -> list[Spoken]:
+    """The utterances of a result with the same key, so that only what it lacks must be spoken."""
+    if not path.exists() or (record := json.loads(path.read_text())).get("key") != key:
+        return []
+    print(f"going on with {path}", flush=True)
+    return [Spoken(**row) for row in record["utterances"]]
+
+
+def count_runaways(options: argparse.Namespace, path: Path) -> None:
+    """Speak generated sentences, print how they ended, write the JSON."""
+    texts = runaways.generated(options.runaways)
+    backend, key, conditions = open_model(options)
+    began = time.monotonic()
+    rows = runaways.runaways(backend, conditions, texts)
+    seconds = time.monotonic() - began
+    backend.close()
+    found = runaways.figures(rows)
+    write(path, key, {"seconds": round(seconds, 1), "figures": found, "utterances": rows})
+    for name, row in found.items():
+        print(f"{name:24}", ", ".join(f"{what} {value}" for what, value in row.items()))
+    print(f"{sum(row['frames'] for row in rows)} frames in {seconds:.0f} s")
+
+
+def write(path: Path, key: dict[str, Any], record: dict[str, Any]) -> None:
+    """Write a result with what it was made on, all at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"key": key, "machine": facts(torch.device("cpu"))} | record, indent=1) + "\n")
+    part.rename(path)
 
 
 def percent(value: float | None) -> str:
     """A share as text."""
-    return "    -" if value is None else f"{100 * value:5.1f}"
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
-def main() -> None:
-    """Speak, hear, print a table, write the JSON."""
+def print_tables(found: dict[str, dict[str, Any]]) -> None:
+    """One line a condition and group."""
+    print(f"{'':32} {'n':>4} {'WER %':>6} {'+-':>5} {'flite':>6} {'end error, bias s':>18} {'runaways, cut /1000':>20}")
+    for name, row in found.items():
+        end = "-" if row["end_error_s"] is None else f"{row['end_error_s']:.2f} {row['end_bias_s']:+.2f}"
+        cut = row["cut_short_per_1000"]
+        wrong = f"{row['runaways_per_1000']} {'-' if cut is None else cut}"
+        print(
+            f"{name:32} {row['sentences']:4} {percent(row['wer']):>6} {percent(row['wer_interval']):>5} "
+            f"{percent(row['flite_wer']):>6} {end:>18} {wrong:>20}"
+        )
+
+
+def print_comparison(paths: Sequence[Path]) -> None:
+    """One line a condition and group; a star where the interval does not hold zero."""
+    runs = [[Spoken(**row) for row in json.loads(path.read_text())["utterances"]] for path in paths]
+    print(f"{'WER %':32} {'n':>5} {'first':>6} {'second':>6} {'difference':>10}  95 % interval")
+    for name, row in compare(*runs).items():
+        low, high = (100 * x for x in row["interval"])
+        star = "*" if low > 0 or high < 0 else ""
+        print(
+            f"{name:32} {row['utterances']:5} {percent(row['first']):>6} {percent(row['second']):>6} "
+            f"{100 * row['difference']:>+10.1f}  {low:+.1f} to {high:+.1f} {star}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--model", default="embedded", help="embedded, a checkpoint folder, or owner/name")
+    parser.add_argument("--voices", nargs="+", help="default: all")
+    parser.add_argument("--layouts", nargs="+", choices=("whole", "streaming"), default=["whole", "streaming"])
+    parser.add_argument(
+        "--sampling", nargs="+", choices=("greedy", "own"), default=["greedy"], help="own: as the checkpoint says"
+    )
     parser.add_argument("--sentences", type=int, help="how many, spread over all groups (default: all)")
-    parser.add_argument("--voice", action="append", help="may be repeated (default: all)")
-    parser.add_argument("--layout", choices=("whole", "streaming", "both"), default="both")
     parser.add_argument("--asr", choices=("sphinx", "whisper"), default="sphinx")
-    parser.add_argument("--recordings", type=Path, help="hear FOLDER/VOICE/NUMBER.wav instead of speaking")
-    parser.add_argument("--greedy", action="store_true")
-    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--whisper", default="small.en", help="faster-whisper's model: a name or a folder")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that run pocketsphinx")
+    parser.add_argument("--recordings", type=Path, help="hear FOLDER/VOICE/NUMBER.wav")
+    parser.add_argument("--runaways", type=int, metavar="COUNT", help="speak so many generated sentences")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two results of this command")
+    parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="where to write (default: bench/results/asr_loop_MODEL.json)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    began = time.monotonic()
-    hear = sphinx() if options.asr == "sphinx" else whisper()
-    sentences, spoken, setting = read_sentences(options.sentences), [], {}
-    if options.recordings:
-        for voice in options.voice or STRETCH:
-            spoken += listen(recorded(options.recordings, sentences, voice), hear, voice, "recorded")
+    if options.compare:
+        print_comparison(options.compare)
+        return
+    name = re.sub(r"\W+", "_", Path(options.recordings or options.model).name)
+    path = options.json or RESULTS / f"asr_loop_{name}{'_runaways' if options.runaways else ''}.json"
+    if options.runaways:
+        count_runaways(options, path)
     else:
-        backend = LocalBackend.open(options.model, dtype=options.dtype, device=options.device)
-        setting = {"device": str(backend.device), "dtype": str(backend.dtype)}
-        layouts: tuple[Layout, ...] = ("whole", "streaming") if options.layout == "both" else (options.layout,)
-        t = options.temperature
-        sampling = {"greedy": options.greedy, "temperature": t, "predictor_temperature": t}
-        for voice in options.voice or backend.voices:
-            for layout in layouts:
-                spoken += listen(speak(backend, sentences, voice, layout, **sampling), hear, voice, layout)
-        backend.close()
-    found = tables(spoken)
-    print(f"{'':28} {'n':>4} {'WER %':>6} {'+-':>4} {'flite':>6} {'end error s':>11} {'runaways/1000':>13}")
-    for name, row in found.items():
-        end = "-" if row["end_error_s"] is None else f"{row['end_error_s']:.2f}"
-        print(
-            f"{name:28} {row['sentences']:4} {percent(row['wer']):>6} {percent(row['wer_interval']).strip():>4} "
-            f"{percent(row['flite_wer']):>6} {end:>11} {row['runaways_per_1000']:13}"
-        )
-    name = re.sub(r"\W+", "_", Path(options.recordings or options.model).name) + ("_greedy" if options.greedy else "")
-    path = options.json or ROOT / "bench" / "results" / f"asr_loop_{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    record = {
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()} {platform.processor()}".strip(),
-        "torch": torch.__version__,
-        **setting,
-        "options": {k: str(v) for k, v in vars(options).items() if v is not None},
-        "minutes": round((time.monotonic() - began) / 60, 1),
-        "figures": found,
-        "utterances": [s._asdict() | {"sentence": s.sentence.text, "group": s.sentence.group} for s in spoken],
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+        with recogniser(options) as named:
+            loop(options, path, *named)
     print(f"wrote {path}")
 
 

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from pipecat_qwen3.backend import Backend, Chunk, Request, Result, Stream
     from pipecat_qwen3.errors import TTSError
     from pipecat_qwen3.local import LocalBackend
+    from pipecat_qwen3.remote import RemoteBackend
     from pipecat_qwen3.service import Qwen3TTSService
+    from pipecat_qwen3.websocket_service import Qwen3WebsocketTTSService
 
 __version__ = "0.1.0"
 
@@ -19,6 +21,8 @@ _HOME = {
     "Chunk": "backend",
     "LocalBackend": "local",
     "Qwen3TTSService": "service",
+    "Qwen3WebsocketTTSService": "websocket_service",
+    "RemoteBackend": "remote",
     "Request": "backend",
     "Result": "backend",
     "Stream": "backend",
@@ -30,6 +34,8 @@ __all__ = [
     "Chunk",
     "LocalBackend",
     "Qwen3TTSService",
+    "Qwen3WebsocketTTSService",
+    "RemoteBackend",
     "Request",
     "Result",
     "Stream",

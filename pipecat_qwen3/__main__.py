@@ -66,6 +66,15 @@ def _run(args: Namespace, debug: bool) -> int:
 
     if args.command == "voices":
         return cli_voices.run(args)
+    if args.command == "serve":
+        cli_voices.check_names(args.model, None, None)
+        try:
+            from pipecat_qwen3 import cli_serve
+
+            return cli_serve.run(args)
+        except ModuleNotFoundError as error:
+            extra = "ray" if error.name == "ray" else "server"
+            raise TTSError(f"serve needs {error.name}; run: pip install 'pipecat-qwen3[{extra}]'") from None
     cli_voices.check_names(args.model, args.voice, args.language)
     _set_up_logs(debug)
     from pipecat_qwen3 import cli_say

@@ -17,6 +17,10 @@ With no TEXT and a terminal, say is a prompt: every line is spoken, and /help li
 Ctrl-C stops the speech; the WAV is valid at every moment.
 """
 
+_SERVE_EPILOG = """\
+PIPECAT_QWEN3_API_KEY, if set, is the key that clients must send. SIGTERM lets voices finish for half a minute.
+"""
+
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """' (did you mean X?)' for the name that looks most like an unknown one, or nothing."""
@@ -85,6 +89,7 @@ def build() -> Parser:
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     _add_say(commands.add_parser("say", help="speak a text into a WAV file", epilog=_SAY_EPILOG))
+    _add_serve(commands.add_parser("serve", help="speak over HTTP and WebSockets", epilog=_SERVE_EPILOG))
     voices = commands.add_parser("voices", help="list the voices and languages of a model")
     _add_model(voices)
     voices.add_argument("--json", action="store_true", help="one JSON object on one line")
@@ -97,7 +102,7 @@ def build() -> Parser:
 
 def commands() -> tuple[str, ...]:
     """Names of the commands."""
-    return ("say", "voices", "doctor")
+    return ("say", "serve", "voices", "doctor")
 
 
 def _options(top: argparse.ArgumentParser, command: str | None) -> list[str]:
@@ -158,3 +163,28 @@ def _add_say(say: Parser) -> None:
     say.add_argument("--json", action="store_true", help="one line of JSON on standard output")
     _add_model(say)
     _add_device(say)
+
+
+def _add_serve(serve: Parser) -> None:
+    serve.add_argument("--host", default="127.0.0.1", metavar="IP", help="address to listen on (default 127.0.0.1)")
+    serve.add_argument(
+        "--port", type=number(int, 0, 65535), default=8880, metavar="N", help="port (default 8880), 0 for a free one"
+    )
+    serve.add_argument(
+        "--max-batch",
+        type=number(int, 1, 32),
+        default=32,
+        metavar="N",
+        help="voices that advance together (default 32)",
+    )
+    serve.add_argument(
+        "--profile", type=one_of("latency", "throughput"), default="latency", help="latency (default) or throughput"
+    )
+    serve.add_argument(
+        "--replicas", type=number(int, 1, 64), default=1, metavar="N", help="processes; more than one needs [ray]"
+    )
+    serve.add_argument(
+        "--max-connections", type=number(int, 1), default=512, metavar="N", help="requests and sockets at once"
+    )
+    _add_model(serve)
+    _add_device(serve)

@@ -7,14 +7,11 @@ streams. Neither remembers anything of a voice. All arithmetic is fp32.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipecat_qwen3.codec_layers import (
-    DILATIONS,
     CausalConv,
     CausalUpsample,
     ConvNeXt,
@@ -23,7 +20,9 @@ from pipecat_qwen3.codec_layers import (
     SplitQuantizer,
     Transformer,
 )
-from pipecat_qwen3.codec_stream import Block, Conv, ConvNeXtStream, Snake, Tail, Tails, TransformerStream
+from pipecat_qwen3.codec_state import CodecState, tail_layout
+from pipecat_qwen3.codec_stream import block, conv, linear, transformer, upsample
+from pipecat_qwen3.codec_torch import TorchPass
 from pipecat_qwen3.config import CodecConfig
 from pipecat_qwen3.errors import BadRequestError
 
@@ -64,103 +63,46 @@ class CodecDecoder(nn.Module):
         return x[:, 0].clamp(-1.0, 1.0)
 
     @torch.no_grad()
-    def fold(self) -> FoldedCodec:
-        """The streaming form of these weights, in fp32. A copy: later changes of the module do not reach it."""
-        return FoldedCodec(copy.deepcopy(self).float())
+    def fold(self, tf32: bool = False) -> FoldedCodec:
+        """The streaming form of these weights, in fp32. A copy: later changes of the module do not reach it.
 
-
-def tail_layout(config: CodecConfig) -> dict[str, Tail]:
-    """Official name of each convolution with a memory -> the place of its last inputs in CodecState.tails."""
-    sizes = {"pre_conv": (2, config.codebook_dim)}
-    for i in range(len(config.upsampling_ratios)):
-        sizes[f"upsample.{i}.1.dwconv"] = (6, config.latent)
-    sizes["decoder.0"] = (6, config.latent)
-    blocks = len(config.upsample_rates)
-    for i in range(blocks):
-        width = config.decoder_dim >> i
-        sizes[f"decoder.{i + 1}.block.1"] = (1, width)
-        for j, dilation in enumerate(DILATIONS, start=2):
-            sizes[f"decoder.{i + 1}.block.{j}.conv1"] = (6 * dilation, width // 2)
-    sizes[f"decoder.{blocks + 2}"] = (6, config.decoder_dim >> blocks)
-    layout: dict[str, Tail] = {}
-    offset = 0
-    for name, (steps, channels) in sizes.items():
-        layout[name] = Tail(offset, steps, channels)
-        offset += steps * channels
-    return layout
-
-
-@dataclass
-class CodecState:
-    """What the codec remembers of each voice: 5.2 MB a row in the official geometry, 0.1 MB in the embedded one.
-
-    tails        [S, F] fp32          last inputs of every convolution, side by side as tail_layout says
-    kv           [S, R, L, 2, Hkv, D] rotated keys, and values, of the last R = window - 1 frames; frame p is at p mod R
-    frames_done  [S] int64            frames decoded so far
-    """
-
-    tails: Tensor
-    kv: Tensor
-    frames_done: Tensor
-
-    @classmethod
-    def zeros(
-        cls,
-        config: CodecConfig,
-        rows: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> CodecState:
-        """`rows` voices that have not begun: the official decoder starts from zeros as well."""
-        width = sum(tail.steps * tail.channels for tail in tail_layout(config).values())
-        ring = (max(config.window - 1, 1), config.layers, 2, config.kv_heads, config.head_dim)
-        return cls(
-            tails=torch.zeros(rows, width, device=device, dtype=dtype),
-            kv=torch.zeros(rows, *ring, device=device, dtype=dtype),
-            frames_done=torch.zeros(rows, device=device, dtype=torch.int64),
-        )
-
-    @property
-    def arrays(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Everything there is, each with a leading row index."""
-        return self.tails, self.kv, self.frames_done
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one voice."""
-        return sum(array[0].numel() * array.element_size() for array in self.arrays)
-
-    def reset(self, row: int) -> None:
-        """Forget one voice."""
-        for array in self.arrays:
-            array[row].zero_()
-
-    def copy_row(self, src: int, dst: int, source: CodecState | None = None) -> None:
-        """Make row `dst` a copy of row `src` of this state, or of `source`, which may keep primed voices."""
-        for mine, theirs in zip(self.arrays, (source or self).arrays, strict=True):
-            mine[dst].copy_(theirs[src])
+        tf32  on a GPU, let products round their inputs to 11 bits: samples are then wrong by up to 2e-3 (-50 dB)
+        """
+        decoder = copy.deepcopy(self).float()
+        return FoldedCodec(decoder, _passes(decoder.pre_conv.conv.weight.device, tf32))
 
 
 class FoldedCodec:
     """A CodecDecoder's weights in the form that streams; frozen, remembers nothing, shared by all voices.
 
     tables  [codebooks * codebook_size, codebook_dim]: every codebook's entries, already projected
+    passes  who computes the layers: TorchPass, or a class with its calls
     """
 
-    def __init__(self, decoder: CodecDecoder) -> None:
+    def __init__(self, decoder: CodecDecoder, passes: type[TorchPass] = TorchPass) -> None:
         self.config = config = decoder.config
+        self.passes = passes
         self.tables = decoder.quantizer.tables().flatten(0, 1)
         self.first_entry = torch.arange(config.codebooks, device=self.tables.device) * config.codebook_size
-        self.layout = tail_layout(config)
-        self.pre_conv = Conv(decoder.pre_conv)
-        self.pre_transformer = TransformerStream(decoder.pre_transformer)
+        layout, stack = tail_layout(config), decoder.pre_transformer
+        self.pre_conv = conv(decoder.pre_conv, layout["pre_conv"])
+        self.entry = linear(stack.input_proj)
+        self.layers = [transformer(layer, config.norm_eps) for layer in stack.layers]
+        self.exit = linear(stack.output_proj, stack.norm)
         self.upsample = [
-            (Conv(up), ConvNeXtStream(block, f"upsample.{i}.1"))
-            for i, (up, block) in enumerate(decoder.upsample)  # type: ignore[misc]
+            upsample(*pair, layout[f"upsample.{i}.1.dwconv"])  # type: ignore[misc]
+            for i, pair in enumerate(decoder.upsample)
         ]
         first, *blocks, snake, last = decoder.decoder
-        self.first, self.snake, self.last = Conv(first), Snake(snake), Conv(last)
-        self.blocks = [Block(block, f"decoder.{i}") for i, block in enumerate(blocks, start=1)]
+        snakes = [*(layer.block[0] for layer in blocks), snake]  # type: ignore[index]
+        self.first = conv(first, layout["decoder.0"], snakes[0])  # type: ignore[arg-type]
+        self.blocks = [block(layer, f"decoder.{i}", layout, snakes[i]) for i, layer in enumerate(blocks, start=1)]  # type: ignore[arg-type]
+        self.last = conv(last, layout[f"decoder.{len(blocks) + 2}"], then="clamp")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.tables.device
 
     @torch.no_grad()
     def decode(self, codes: Tensor, state: CodecState, rows: Tensor) -> Tensor:
@@ -178,29 +120,46 @@ class FoldedCodec:
         if codes.device.type == "cpu":
             check_codes(codes, self.config)
         else:
-            _check_layout(codes, self.config)
-            codes = codes.clamp(0, self.config.codebook_size - 1)
+            check_layout(codes, self.config)
         if rows.dtype != torch.int64 or rows.shape != codes.shape[:1]:
             raise BadRequestError(
                 f"rows should be int64 [{codes.shape[0]}], one for each voice of codes, but are {rows.dtype} "
                 f"{list(rows.shape)}; name one row for each voice"
             )
-        tails = Tails(state.tails.index_select(0, rows), self.layout)
-        done = state.frames_done.index_select(0, rows)
+        most = self.passes.max_frames
+        if most is None or codes.shape[2] <= most:
+            return self._decode(codes, state, rows)
+        return torch.cat([self._decode(piece, state, rows) for piece in codes.split(most, 2)], 1)
 
-        x = F.embedding(codes.transpose(1, 2) + self.first_entry, self.tables).sum(2)
-        x = self.pre_conv(tails.before("pre_conv", x))
-        x = self.pre_transformer(x, state.kv, rows, done)
-        for upsample, convnext in self.upsample:
-            x = convnext(upsample(x), tails)
-        x = self.first(tails.before("decoder.0", x))
-        for block in self.blocks:
-            x = block(x, tails)
-        x = self.last(tails.before(f"decoder.{len(self.blocks) + 2}", self.snake(x)))
+    def _decode(self, codes: Tensor, state: CodecState, rows: Tensor) -> Tensor:
+        run = self.passes(self.config, state, rows, codes.shape[2])
+        x = run.embed(codes, self.tables, self.first_entry)
+        x = run.product(run.product(x, self.pre_conv), self.entry)
+        for i, layer in enumerate(self.layers):
+            x = run.product(run.attend(run.product(x, layer.qkv), i), layer.out, plus=x)
+            x = run.product(run.product(x, layer.gate_up), layer.down, plus=x)
+        x = run.product(x, self.exit)
+        for stage in self.upsample:
+            x = run.product(x, stage.up)
+            x = run.product(run.product(run.depthwise(x, stage.depthwise), stage.wide), stage.narrow, plus=x)
+        waved = run.product(x, self.first)
+        for up, units in self.blocks:
+            x, waved = run.fork(waved, up)
+            for wide, point in units:
+                x, waved = run.fork(run.product(waved, wide), point, plus=x)
+        x = run.product(waved, self.last)
+        run.finish()
+        return x[..., 0]
 
-        state.tails.index_copy_(0, rows, tails.flat)
-        state.frames_done.index_copy_(0, rows, done + codes.shape[2])
-        return x[..., 0].clamp(-1.0, 1.0)
+
+def _passes(device: torch.device, tf32: bool) -> type[TorchPass]:
+    if device.type == "cuda":
+        try:
+            from pipecat_qwen3.codec_triton import Tf32Pass, TritonPass
+        except ImportError:  # torch comes without Triton outside Linux
+            return TorchPass
+        return Tf32Pass if tf32 else TritonPass
+    return TorchPass
 
 
 def check_codes(codes: Tensor, config: CodecConfig) -> None:
@@ -208,7 +167,7 @@ def check_codes(codes: Tensor, config: CodecConfig) -> None:
 
     Reads every value: where the codes lie on a GPU, this waits for it.
     """
-    _check_layout(codes, config)
+    check_layout(codes, config)
     low, high = (int(bound) for bound in torch.aminmax(codes))
     if low < 0 or high >= config.codebook_size:
         raise BadRequestError(
@@ -217,7 +176,8 @@ def check_codes(codes: Tensor, config: CodecConfig) -> None:
         )
 
 
-def _check_layout(codes: Tensor, config: CodecConfig) -> None:
+def check_layout(codes: Tensor, config: CodecConfig) -> None:
+    """As check_codes, without reading a value."""
     if codes.dtype not in (torch.int64, torch.int32):
         raise BadRequestError(f"codes should be int64 or int32, but are {codes.dtype}; convert them with .long()")
     if codes.dim() != 3 or codes.shape[1] != config.codebooks or 0 in codes.shape:

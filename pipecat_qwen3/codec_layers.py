@@ -133,10 +133,14 @@ class LayerScale(nn.Module):
         return self.scale * x
 
 
+def rotary_rates(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Angle [head_dim / 2] fp32 of one position in each pair of dimensions."""
+    return 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+
+
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines [..., 1, head_dim] fp32 of positions [...], to be used beside [..., heads, head_dim]."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None, None].float() * (1.0 / theta**exponents)
+    angles = positions[..., None, None].float() * rotary_rates(head_dim, theta, positions.device)
     angles = torch.cat((angles, angles), -1)
     return angles.cos(), angles.sin()
 

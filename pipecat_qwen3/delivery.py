@@ -29,7 +29,8 @@ class Delivery:
         self._stream, self._words = stream, words
         self._ramp, self._skip = request.ramp, request.skip_silence
         self._live = request.ahead_s is not None
-        self._chunks = 0
+        self.chunks = 0
+        """Chunks that have been given to the codec."""
         self._frames = 0
         self._samples = 0
         self._dry_s = 0.0
@@ -48,15 +49,15 @@ class Delivery:
 
         The next chunk is the ramp's, or less when the audio already delivered would run out before it is made.
         """
-        size = self._ramp[min(self._chunks, len(self._ramp) - 1)]
-        if self._live and self._chunks:
+        size = self._ramp[min(self.chunks, len(self._ramp) - 1)]
+        if self._live and self.chunks:
             covered = self.ahead(frames - buffered) / max(frame_cost_s, 1e-4)
             size = min(size, max(1, int(covered)))
         return buffered >= size
 
     def deliver(self, samples: np.ndarray, fade: bool) -> None:
         """Hand out decoded samples, float [n] in [-1, 1]; `fade` if the speech is cut at their end."""
-        if self._chunks:
+        if self._frames:
             # Where the playback ran dry, its clock stood still.
             self._dry_s += max(0.0, -self.ahead(self._frames))
         self._frames += len(samples) // FRAME_SAMPLES
@@ -68,7 +69,6 @@ class Delivery:
             samples[len(samples) - n :] *= np.linspace(1, 0, n, dtype=samples.dtype)
         first = self._samples
         self._samples += len(samples)
-        self._chunks += 1
         words = self._words.until(self.seconds)
         if len(samples) or words:
             self._stream.put(Chunk(_pcm16(samples), first, words))

@@ -1,7 +1,8 @@
 """Utterances in, audio on their streams out: many voices advance together, one frame a tick, on one thread.
 
 A tick: take in text and cancels, admit voices to free rows, prefill at most one piece, advance every voice that can
-go on by one frame, decode the chunks that are due. Joining, leaving and cancelling happen between frames.
+go on by one frame, decode the chunks that are due. Joining, leaving and cancelling happen between frames. On a GPU the
+codec works beside the talker: what one tick decodes is delivered by the next, when its frame is under way.
 """
 
 import atexit
@@ -11,13 +12,14 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megakernel.frame_step import PIECE, FrameStep
 from pipecat_qwen3.backend import End
-from pipecat_qwen3.codec import CodecState, FoldedCodec
+from pipecat_qwen3.codec_runner import CodecRunner, Samples
 from pipecat_qwen3.errors import BadRequestError, EngineError, OverloadedError, TextTimeoutError, TTSError
 from pipecat_qwen3.prompt import Prompter, Voice
 from pipecat_qwen3.utterance import TEXT_TIMEOUT_S, Utterance
@@ -33,10 +35,21 @@ UNTAKEN_S = 60.0
 NO_ENDS: Mapping[int, End] = MappingProxyType({})
 
 
+class Chunks(NamedTuple):
+    """Decoded chunks that are still to be handed out: of which voices, and which of these are over, and how.
+
+    samples is None for voices that are over and have nothing more to say.
+    """
+
+    samples: Samples | None
+    voices: list[Utterance]
+    ends: Mapping[int, End]
+
+
 class Engine:
     """Owns the thread, the rows and the codec state.
 
-    step      the resident voices; codec and state: the decoder and its memory, one row for each of step's rows
+    step      the resident voices; codec: the decoder with its memory, one row for each of step's rows
     waiting   utterances that may queue for a row; more are refused with OverloadedError
     threads   torch threads of the engine's work on a CPU; None leaves the process's setting alone
     """
@@ -44,17 +57,17 @@ class Engine:
     def __init__(
         self,
         step: FrameStep,
-        codec: FoldedCodec,
-        state: CodecState,
+        codec: CodecRunner,
         prompter: Prompter,
         waiting: int = 256,
         threads: int | None = None,
     ) -> None:
-        self.step, self.codec, self.state, self.prompter = step, codec, state, prompter
+        self.step, self.codec, self.prompter = step, codec, prompter
         self._max_waiting, self._threads = waiting, threads
         self._inbox: deque[Utterance] = deque()
         self._waiting: deque[Utterance] = deque()
         self._resident: list[Utterance] = []
+        self._decoding: deque[Chunks] = deque()
         self._free = list(range(step.rows))[::-1]
         self._prefixes: OrderedDict[Voice, Tensor] = OrderedDict()
         self._frame_cost_s = 0.0
@@ -136,12 +149,16 @@ class Engine:
         self._take_in()
         self._admit()
         prefilled = self._prefill()
+        self._deliver(wait=False)
         ready = self._ready()
         self._hand_over([u for u in self._resident if u not in ready])
+        self._deliver(wait=False)
         if ready:
             started = time.monotonic()
             self._advance(ready)
             self._frame_cost_s += 0.1 * (time.monotonic() - started - self._frame_cost_s)
+        else:
+            self._deliver(wait=True)
         return prefilled or bool(ready)
 
     def _take_in(self) -> None:
@@ -183,7 +200,7 @@ class Engine:
                 "shorten the text or the instruction, or open the model with more positions"
             )
         self.step.admit(row, prompt.pending, u.stream.seed, u.sampling)
-        self.state.reset(row)
+        self.codec.reset(row)
         prefix = self._prefixes.get(u.voice)
         if prefix is not None:
             self._prefixes.move_to_end(u.voice)
@@ -228,11 +245,12 @@ class Engine:
         return [u for _, _, u in ready]
 
     def _advance(self, ready: list[Utterance]) -> None:
-        """One frame for the ready voices, then the chunks that are due."""
+        """One frame for the ready voices; what was decoded before is handed out, what is due now is decoded."""
         ids = self.prompter.config.ids
         text = self.prompter.texts([u.next_text(ids.tts_eos, ids.tts_pad) for u in ready])
         rows = [u.row for u in ready if u.row is not None]
         codes = self.step.step(rows, text)
+        self._deliver(wait=True)  # while the GPU is at this frame
         ends: dict[int, End] = {}
         for b, (u, row, values) in enumerate(zip(ready, rows, codes.cpu().numpy(), strict=True)):
             if values[0] == ids.codec_eos:
@@ -247,30 +265,48 @@ class Engine:
         due = [u for u in ready if id(u) in ends or u.delivery.due(len(u.buffered), len(u.codes), cost)]
         self._hand_over(due, ends)
         for u in ready:
-            end = ends.get(id(u))
-            if end is not None:
-                u.delivery.last_words(natural=end == "eos" and u.finished_text)
-                self._end(u, end)
+            if id(u) in ends:
+                self._leave(u)
+        self._deliver(wait=False)
 
     def _hand_over(self, voices: list[Utterance], ends: Mapping[int, End] = NO_ENDS) -> None:
-        """Decode and deliver all buffered frames of voices whose chunk is due, or that cannot go on for now.
+        """Start to decode all buffered frames of voices whose chunk is due, or that cannot go on for now.
 
         Voices with equally many frames are decoded in one call; `ends` says which of them are over, and how.
         """
         groups: dict[int, list[Utterance]] = {}
+        silent = [u for u in voices if not u.buffered and id(u) in ends]
         for u in voices:
             if u.buffered and not u.stream.cancelled:
                 groups.setdefault(len(u.buffered), []).append(u)
         for members in groups.values():
             codes = torch.stack([torch.stack(u.buffered, -1) for u in members])
-            rows = torch.tensor([u.row for u in members], device=codes.device)
-            samples = self.codec.decode(codes, self.state, rows).cpu().numpy()
-            for u, wave in zip(members, samples, strict=True):
+            samples = self.codec.decode(codes, [u.row for u in members if u.row is not None])
+            for u in members:
                 u.buffered.clear()
-                u.delivery.deliver(wave, fade=ends.get(id(u), "eos") != "eos")
+                u.delivery.chunks += 1
+            self._decoding.append(Chunks(samples, members, ends))
+        for u in silent:  # its last words come after what is still being decoded
+            self._decoding.append(Chunks(None, [u], ends))
 
-    def _end(self, u: Utterance, end: End, error: TTSError | None = None) -> None:
-        """Free the voice's row and tell its listener."""
+    def _deliver(self, wait: bool) -> None:
+        """Hand out what has been decoded, in order; `wait` for what has not."""
+        while self._decoding:
+            samples, voices, ends = self._decoding[0]
+            if samples is not None and not wait and not samples.ready():
+                return
+            waves = samples.wait() if samples is not None else [None]
+            self._decoding.popleft()
+            for u, wave in zip(voices, waves, strict=True):
+                end = ends.get(id(u))
+                if wave is not None and not u.stream.cancelled:
+                    u.delivery.deliver(wave, fade=(end or "eos") != "eos")
+                if end is not None:
+                    u.delivery.last_words(natural=end == "eos" and u.finished_text)
+                    self._end(u, end)
+
+    def _leave(self, u: Utterance) -> None:
+        """Free the voice's row, or its place in the queue."""
         if u in self._resident:
             self._resident.remove(u)
         if u in self._waiting:
@@ -279,6 +315,10 @@ class Engine:
             self.step.release(u.row)
             self._free.append(u.row)
             u.row = None
+
+    def _end(self, u: Utterance, end: End, error: TTSError | None = None) -> None:
+        """Free the voice's row and tell its listener."""
+        self._leave(u)
         if u.stream.cancelled:
             end, error = "cancelled", None
         u.finish(end, error)
@@ -287,7 +327,9 @@ class Engine:
         with self._changed:
             self._waiting.extend(self._inbox)
             self._inbox.clear()
-        for u in [*self._resident, *self._waiting]:
+        over = [u for chunks in self._decoding for u in chunks.voices if id(u) in chunks.ends]
+        self._decoding.clear()
+        for u in [*over, *self._resident, *self._waiting]:
             self._end(u, "error", error)
 
 

@@ -14,7 +14,7 @@ from megakernel.choose import UnavailableError, choose, make_step
 from megakernel.sampler import Sampling
 from pipecat_qwen3.backend import Layout, Request, Stream
 from pipecat_qwen3.checkpoint import EMBEDDED, Checkpoint
-from pipecat_qwen3.codec import CodecState
+from pipecat_qwen3.codec_runner import open_codec
 from pipecat_qwen3.config import Generation
 from pipecat_qwen3.device import pick_device, pick_dtype
 from pipecat_qwen3.engine import Engine
@@ -71,15 +71,14 @@ class LocalBackend:
         small = device.type == "cpu" and sum(p.numel() for p in talker.parameters()) < SMALL
         codec_table = talker.model.codec_embedding.weight.detach().to(device)
         del talker
-        codec = checkpoint.load_codec().to(device).fold()
         rows = max_batch if device.type == "cpu" else 4 * max_batch
         step = make_step(choice, weights, self.config.shape, rows, max_batch, positions)
         del weights  # the step has packed copies
-        state = CodecState.zeros(checkpoint.codec_config, rows, device)
+        codec = open_codec(checkpoint.load_codec().to(device).fold(), rows, max_batch)
         ids = self.config.ids
         role = [ids.im_start, ids.assistant, *encode(self.tokenizer, "\n")]
         prompter = Prompter(self.config, text_table, codec_table, role)
-        self.engine = Engine(step, codec, state, prompter, threads=1 if small else None)
+        self.engine = Engine(step, codec, prompter, threads=1 if small else None)
         progress("warming")
         try:
             self._warm()

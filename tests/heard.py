@@ -1,37 +1,24 @@
-"""Speech in, words out: pocketsphinx, whose English model comes inside its wheel, and the word error rate."""
+"""The engine's speech in, words out: the benchmarks' recogniser, and how many words it got wrong."""
 
-import re
 from functools import cache
 
 import numpy as np
-import soxr
-from pocketsphinx import Decoder
 
-from pipecat_qwen3.backend import SAMPLE_RATE
+from bench.recognise import Hear, sphinx, word_errors, words_of
+from bench.speak import at_16_khz
 
 
 @cache
-def _decoder() -> Decoder:
-    return Decoder(loglevel="FATAL")
+def _recogniser() -> Hear:
+    return sphinx()
 
 
 def hear(pcm: np.ndarray) -> str:
     """What a recogniser without a grammar hears in int16 [samples] at 24 kHz."""
-    audio = soxr.resample(pcm.astype(np.float32) / 32768, SAMPLE_RATE, 16_000)
-    decoder = _decoder()
-    decoder.start_utt()
-    decoder.process_raw((np.clip(audio, -1, 1) * 32767).astype(np.int16).tobytes(), full_utt=True)
-    decoder.end_utt()
-    heard = decoder.hyp()
-    return heard.hypstr if heard else ""
+    return _recogniser()(at_16_khz(pcm))
 
 
-def word_errors(said: str, heard: str) -> tuple[int, int]:
-    """Substitutions, insertions and deletions from `said` to `heard`, and the words of `said` (Levenshtein)."""
-    wanted, got = (re.findall(r"[a-z']+", text.lower()) for text in (said, heard))
-    row = list(range(len(got) + 1))
-    for i, word in enumerate(wanted, 1):
-        previous, row[0] = row[0], i
-        for j, other in enumerate(got, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (word != other))
-    return row[-1], len(wanted)
+def errors_and_words(said: str, heard: str) -> tuple[int, int]:
+    """Word errors from `said` to `heard`, and the words of `said`."""
+    words = words_of(said)
+    return word_errors(words, words_of(heard)), len(words)

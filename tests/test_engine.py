@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipecat_qwen3.backend import FRAME_SAMPLES, Backend, Request, Stream
+from pipecat_qwen3.codec_runner import Samples
 from pipecat_qwen3.errors import (
     BackendError,
     BadRequestError,
@@ -585,6 +587,39 @@ def test_a_failing_step_ends_the_voices_with_an_error_and_the_engine_goes_on(own
     again = own.speak(Request(text="Hello", max_frames=3))
     list(again)
     assert again.wait().frames == 3
+
+
+class Beside(Samples):
+    """Samples that are never ready by themselves, as from a codec that works beside the talker."""
+
+    def ready(self) -> bool:
+        return False
+
+
+def test_a_codec_that_works_beside_the_talker_says_the_same_and_loses_nothing(
+    embedded: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = requests(8, seed=5)
+    expected = [(pcm(stream), stream.wait()) for stream in map(embedded.speak, wanted)]
+    decode, delivered_late = embedded.engine.codec.decode, []
+
+    def later(codes: torch.Tensor, rows: list[int]) -> Beside:
+        delivered_late.append(rows)
+        samples = decode(codes, rows)
+        samples.__class__ = Beside
+        return samples  # type: ignore[return-value]
+
+    monkeypatch.setattr(embedded.engine.codec, "decode", later)
+    streams = [embedded.speak(request) for request in wanted]
+    for stream, (audio, result) in zip(streams, expected, strict=True):
+        np.testing.assert_allclose(pcm(stream).astype(int), audio.astype(int), atol=2)
+        assert (stream.wait().end, stream.wait().frames) == (result.end, result.frames)
+    assert delivered_late
+    cut = embedded.speak(Request(text=SENTENCES[0], seed=1, ahead_s=None))
+    next(iter(cut))
+    cut.cancel()
+    assert cut.wait().end == "cancelled"
+    assert sorted(embedded.engine._free) == list(range(embedded.engine.step.rows))
 
 
 def test_closing_ends_speaking_voices_and_is_idempotent(own: LocalBackend) -> None:

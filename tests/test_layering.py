@@ -20,8 +20,7 @@ ROOMS = {
         "pipecat_qwen3.checkpoint",
         "pipecat_qwen3.code_predictor",
         "pipecat_qwen3.codec",
-        "pipecat_qwen3.codec_layers",
-        "pipecat_qwen3.codec_stream",
+        "pipecat_qwen3.codec_*",
         "pipecat_qwen3.decoder_layer",
         "pipecat_qwen3.prompt",
         "pipecat_qwen3.talker",
@@ -34,7 +33,17 @@ ROOMS = {
         "pipecat_qwen3.words",
     ],
     "local": ["pipecat_qwen3.device", "pipecat_qwen3.local"],
-    "service": ["pipecat_qwen3.playback", "pipecat_qwen3.service", "pipecat_qwen3.service_settings"],
+    "protocol": ["pipecat_qwen3.protocol"],
+    "remote": ["pipecat_qwen3.remote"],
+    "service": ["pipecat_qwen3.playback", "pipecat_qwen3.service", "pipecat_qwen3.service_*"],
+    "websocket service": ["pipecat_qwen3.websocket_service"],
+    "server": [
+        "pipecat_qwen3.server",
+        "pipecat_qwen3.server_*",
+        "pipecat_qwen3.audio_formats",
+        "pipecat_qwen3.metrics",
+    ],
+    "cluster": ["pipecat_qwen3.cluster"],
     "cli": ["pipecat_qwen3.__main__", "pipecat_qwen3.cli_*", "pipecat_qwen3.doctor"],
     "bench": ["bench.*"],
     "bots": ["bots.*"],
@@ -50,16 +59,24 @@ MAY_IMPORT = {
     "model": ["errors", "backend", "config", "megakernel"],
     "engine": ["errors", "backend", "config", "model", "megakernel"],
     "local": ["errors", "backend", "config", "model", "engine", "megakernel"],
+    "protocol": ["errors", "backend"],
+    "remote": ["errors", "backend", "protocol"],
     "service": ["errors", "backend"],
-    "cli": ["errors", "backend", "config", "model", "local", "service", "megakernel"],
-    "bench": ["errors", "backend", "config", "model", "engine", "local", "service", "megakernel"],
-    "bots": ["errors", "backend", "local", "service"],
+    "websocket service": ["errors", "backend", "protocol", "remote", "service"],
+    "server": ["errors", "backend", "protocol"],
+    "cluster": ["errors", "local", "server"],
+    "cli": ["errors", "backend", "config", "model", "local", "service", "server", "cluster", "megakernel"],
+    "bench": ["errors", "backend", "config", "model", "engine", "local", "service", "remote", "protocol", "megakernel"],
+    "bots": ["errors", "backend", "local", "service", "websocket service"],
     "training": ["errors", "backend", "config", "model", "local", "megakernel"],
 }
 """What a room may import besides itself. Nothing imports bench, bots, training or tests."""
 
 ON_FIRST_USE = {
-    "pipecat_qwen3": ["pipecat_qwen3.backend", "pipecat_qwen3.local", "pipecat_qwen3.service"],
+    "pipecat_qwen3": [
+        *("pipecat_qwen3.backend", "pipecat_qwen3.local", "pipecat_qwen3.remote"),
+        *("pipecat_qwen3.service", "pipecat_qwen3.websocket_service"),
+    ],
     "pipecat_qwen3.service": ["pipecat_qwen3.local"],
 }
 """Imports inside functions (or for type checkers alone) that the arrows above do not have."""
@@ -69,9 +86,19 @@ LIBRARIES = {
     "transformers": ["pipecat_qwen3.checkpoint", "pipecat_qwen3.text"],
     "safetensors": ["pipecat_qwen3.checkpoint"],
     "huggingface_hub": ["pipecat_qwen3.hub"],
-    "pipecat": [*ROOMS["service"], "pipecat_qwen3.cli_speech"],
+    "pipecat": [*ROOMS["service"], *ROOMS["websocket service"], "pipecat_qwen3.cli_speech"],
+    "pydantic": ["pipecat_qwen3.protocol", "pipecat_qwen3.remote", *ROOMS["server"]],
+    "websockets": ["pipecat_qwen3.remote"],
+    "fastapi": ["pipecat_qwen3.server", "pipecat_qwen3.cluster"],
+    "starlette": [*ROOMS["server"]],
+    "uvicorn": ["pipecat_qwen3.server_run"],
+    "prometheus_client": ["pipecat_qwen3.metrics"],
+    "av": ["pipecat_qwen3.audio_formats"],
+    "ray": ["pipecat_qwen3.cluster"],
     "loguru": ["pipecat_qwen3.service", "pipecat_qwen3.__main__"],
     "rich": ["pipecat_qwen3.cli_progress"],
+    "triton": ["pipecat_qwen3.codec_kernels"],
+    "cuda": ["megakernel.gpu", "megakernel.nvrtc"],
     "qwen_tts": [],
 }
 """The modules of the two packages that may import a library; megakernel.shape is pinned separately."""
@@ -176,7 +203,7 @@ def test_the_sizes_need_no_torch() -> None:
     assert "torch" not in {found.imported.split(".")[0] for found in IMPORTS if found.importer == "megakernel.shape"}
 
 
-HEAVY = ("torch", "transformers", "pipecat", "huggingface_hub", "safetensors", "rich")
+HEAVY = ("torch", "transformers", "pipecat", "huggingface_hub", "safetensors", "rich", "av", "ray")
 
 
 @pytest.mark.parametrize(
@@ -189,6 +216,9 @@ HEAVY = ("torch", "transformers", "pipecat", "huggingface_hub", "safetensors", "
         ("pipecat_qwen3.hub", set()),
         ("pipecat_qwen3.__main__", set()),
         ("pipecat_qwen3.service", {"pipecat"}),
+        ("pipecat_qwen3.websocket_service", {"pipecat"}),
+        ("pipecat_qwen3.remote", set()),
+        ("pipecat_qwen3.server", set()),
         ("pipecat_qwen3.local", {"torch", "safetensors"}),
     ],
 )

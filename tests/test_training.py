@@ -1,19 +1,30 @@
 """What is taught is what runs: training rows are the engine's prompts, training losses are the modules' own."""
 
+import json
 import random
+import shutil
+import signal
+import subprocess
+import sys
+import wave
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from pipecat_qwen3.backend import Layout
-from pipecat_qwen3.checkpoint import Checkpoint
+from pipecat_qwen3.checkpoint import Checkpoint, find
 from pipecat_qwen3.prompt import Prompter, Voice
 from pipecat_qwen3.talker import Talker
 from pipecat_qwen3.text import encode
-from training import codec_loss
+from training import codec_loss, needs, steps, tokenizer
+from training.codebooks import Codebooks, fit, left
 from training.rows import Choice, Utterance, collate, plan, tokens_and_words
+from training.start import start
 from training.talker_loss import AuxiliaryHeads, TalkerLoss
+
+ROOT = Path(__file__).parent.parent
 
 TEXT = "Dr. Brown will see you at 3:30, please wait."
 
@@ -103,3 +114,132 @@ def test_the_codec_is_trained_on_the_waves_that_it_speaks(checkpoint: Checkpoint
         wave, latents = codec_loss.decode(decoder, codes)
         torch.testing.assert_close(wave.clamp(-1, 1), decoder(codes), atol=1e-5, rtol=0)
     assert latents.shape == (2, checkpoint.codec_config.latent, 36)
+
+
+@pytest.fixture(scope="module")
+def codebooks() -> Codebooks:
+    some = torch.Generator().manual_seed(0)
+    vectors = torch.randn(1500, 20, generator=some) @ torch.randn(20, 648, generator=some)
+    phones, speaker = torch.randint(0, 41, (1500, 4), generator=some), torch.randint(0, 2, (1500,), generator=some)
+    fitted = fit(vectors, phones, speaker)
+    assert left(fitted, vectors, speaker) < 0.5
+    return fitted
+
+
+def test_codes_give_back_what_is_made_of_the_books(codebooks: Codebooks) -> None:
+    codes = torch.randint(0, 512, (50, 8), generator=torch.Generator().manual_seed(2))
+    wanted = sum(book[code] for book, code in zip(codebooks.books, codes.unbind(1), strict=True))
+    torch.testing.assert_close(codebooks.project(codebooks.decode(codes)), wanted, atol=1e-3, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer's folder, learnt from gibberish, with the special tokens of the embedded voice."""
+    folder, rng = tmp_path_factory.mktemp("tokenizer"), random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(3, 9))) for _ in range(6000)]
+    trained = tokenizer.train(iter([TEXT, *["assistant"] * 20, " ".join(words), " ".join(words[::2])]), 5056)
+    assert trained.get_vocab_size() == 5056
+    trained.model.save(str(folder))
+    shutil.copy(find("embedded") / "tokenizer_config.json", folder)
+    (folder / "texts.json").write_text(json.dumps({t: trained.encode(t).ids for t in (TEXT, "We'll  see\n12 PM!")}))
+    return folder
+
+
+def test_the_tokenizer_is_read_by_the_model_as_it_was_trained(pieces: Path) -> None:
+    from transformers import Qwen2TokenizerFast  # type: ignore[attr-defined]
+
+    read = Qwen2TokenizerFast.from_pretrained(str(pieces))
+    for text, ids in json.loads((pieces / "texts.json").read_text()).items():
+        assert read(text).input_ids == ids
+        assert read.decode(ids) == text
+    assert len(read("assistant").input_ids) == 1
+    assert len(read("0199").input_ids) == 4
+    assert read("<tts_pad>").input_ids == Checkpoint.open("embedded").load_tokenizer()("<tts_pad>").input_ids
+
+
+def test_the_beginning_opens_as_a_checkpoint_with_its_own_tokenizer(
+    pieces: Path, codebooks: Codebooks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.lexicon.pronounce", lambda word: list(word))  # flite may not be here
+    start(find("embedded"), tmp_path / "blank", codebooks, pieces)
+    blank = Checkpoint.open(tmp_path / "blank")
+    assert blank.load_tokenizer()("assistant").input_ids == [blank.config.ids.assistant]
+    tables = blank.load_codec().quantizer.tables()
+    for book, table in zip(codebooks.books, tables, strict=True):  # turned and scaled, and kept in bfloat16
+        wanted = torch.cdist(book, book) / codebooks.vector_scale
+        torch.testing.assert_close(torch.cdist(table, table), wanted, rtol=0.02, atol=0.02 * float(wanted.max()))
+
+
+def test_a_trainer_is_stopped_between_two_steps() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = steps.Stop()
+        assert not stop.asked
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("broken", "line"),
+    [
+        ({"PACKAGES": ("torch", "no_such_package")}, "training needs no_such_package; run: pip install"),
+        ({"LIBRARIES": ("libno_such.so.1",)}, "apt-get install libflite1 flite"),
+        ({"WORDNET": Path("nowhere")}, "apt-get install wordnet-base"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(
+    broken: dict[str, object], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ({"PACKAGES": (), "LIBRARIES": ()} | broken).items():
+        monkeypatch.setattr(needs, name, value)
+    with pytest.raises(SystemExit) as missing:
+        needs.check()
+    assert line in str(missing.value)
+    assert "\n" not in str(missing.value)
+
+
+@pytest.fixture
+def installed() -> None:
+    try:
+        needs.check()
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+
+
+def recipe(work: Path, interrupt_at: str = "") -> tuple[int, str]:
+    """Exit status and output of the whole recipe at the size of a toy; Ctrl-C is pressed at a certain line."""
+    sizes = "--shards 2 --utterances 16 --sentences 2 --talker-steps 9 --codec-steps 6 --positions 500 --crops 2"
+    command = [sys.executable, "-m", "training", str(work), *sizes.split(), "--eager", "--jobs", "1", "--threads", "1"]
+    said = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line)
+            if interrupt_at and line.startswith(interrupt_at):
+                process.send_signal(signal.SIGINT)
+        return process.wait(), "".join(said)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("installed")
+def test_the_recipe_makes_a_voice_from_nothing_though_it_is_interrupted(tmp_path: Path) -> None:
+    status, said = recipe(tmp_path, interrupt_at="train_talker: 32 utterances")
+    assert status == steps.INTERRUPTED, said
+    step = torch.load(tmp_path / "talker" / "last.pt", weights_only=True)["step"]
+    assert 0 < step < 9
+    status, said = recipe(tmp_path)
+    assert status == 0, said
+    assert f"train_talker: resumed at step {step}" in said
+    assert "-m training.tokenizer" not in said
+    assert said.count('"held out"') == 2
+    assert json.loads((tmp_path / "resynthesis" / "figures.json").read_text())["rms"]["STOI"] < 0.9
+    assert json.loads((tmp_path / "asr_loop.json").read_text())["figures"]["rms whole greedy"]["sentences"] == 2
+    wav = tmp_path / "said.wav"
+    say = [sys.executable, "-m", "pipecat_qwen3", "say", "--model", str(tmp_path / "voice"), "--max-frames", "5"]
+    subprocess.run([*say, "-o", str(wav), "Hello there."], cwd=ROOT, check=True)
+    with wave.open(str(wav)) as file:
+        assert file.getnframes() == 5 * 1920
+        assert any(file.readframes(9600))

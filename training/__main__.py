@@ -1,64 +1,122 @@
 """The whole recipe: from nothing to a voice, each step resumable, so that the same command goes on where it stopped.
 
-    python -m training WORK_FOLDER [--shards 150] [--jobs 2]
+    python -m training WORK_FOLDER [--shards 150]
 
-Runs the steps of README.md one after the other as programs of their own; WORK_FOLDER/voice is the result. With two
-free cores the last-but-one pair (talker and codec) is quicker when started by hand side by side.
+Runs the steps of README.md as programs of their own; WORK_FOLDER/voice is the result. Talker and codec are trained side
+by side where there are two cores or a GPU. On a GPU the batches are larger and the steps fewer.
 """
 
 import argparse
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
 
+from training import needs
+from training.steps import leave, on_signals
 
-def step(name: str, *arguments: object) -> None:
-    """Run `python -m training.NAME`; stops everything where it fails."""
-    command = [sys.executable, "-m", f"training.{name}", *map(str, arguments)]
+RUNNING: list[subprocess.Popen[str]] = []
+
+
+def begin(name: str, *arguments: object, module: str = "training") -> threading.Thread:
+    """Start `python -m MODULE.NAME`; the thread shows its lines under the step's name and ends with it."""
+    command = [sys.executable, "-m", f"{module}.{name}", *map(str, arguments)]
     print("+", " ".join(command[1:]), flush=True)
-    subprocess.run(command, check=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    RUNNING.append(process)
+
+    def show() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(f"{name}: {line}", end="", flush=True)
+
+    shown = threading.Thread(target=show)
+    shown.start()
+    return shown
+
+
+def finish(*steps: threading.Thread) -> None:
+    """Wait for all that was begun; where one step fails, the others are ended and so is everything."""
+    while RUNNING:
+        for process in RUNNING.copy():
+            try:
+                status = process.wait(0.2)
+            except subprocess.TimeoutExpired:
+                continue
+            RUNNING.remove(process)
+            if status:
+                raise SystemExit(status)
+    for shown in steps:
+        shown.join()
+
+
+def step(name: str, *arguments: object, module: str = "training") -> None:
+    """Run one step to its end."""
+    finish(begin(name, *arguments, module=module))
+
+
+def options() -> argparse.Namespace:
+    """What the command line says; the defaults are those of the machine."""
+    gpu, cores = torch.cuda.is_available(), torch.get_num_threads()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--shards", type=int, default=150)
+    parser.add_argument("--utterances", type=int, default=400, help="of a shard")
+    parser.add_argument("--sentences", type=int, help="held-out ones (default: all)")
+    parser.add_argument("--jobs", type=int, default=cores, help="processes that synthesise")
+    parser.add_argument("--talker-steps", type=int, default=4_000 if gpu else 20_000)
+    parser.add_argument("--codec-steps", type=int, default=10_000 if gpu else 15_000)
+    parser.add_argument("--positions", type=int, default=60_000 if gpu else 2000, help="of a batch of the talker")
+    parser.add_argument("--crops", type=int, default=64 if gpu else 4, help="of a batch of the codec")
+    parser.add_argument("--workers", type=int, default=max(1, cores // 2 - 1) if gpu else 0, help="that build batches")
+    parser.add_argument("--threads", type=int, default=1 if gpu else max(1, cores // 2), help="of each trainer")
+    parser.add_argument("--eager", action="store_true", help="compile nothing: for a few steps only")
+    parser.set_defaults(side_by_side=gpu or cores > 1)
+    return parser.parse_args()
+
+
+def run(o: argparse.Namespace) -> None:
+    """All steps in order; those that are done already cost seconds."""
+    data, books, pieces, blank = o.work / "data", o.work / "codebooks.pt", o.work / "tokenizer", o.work / "blank"
+    voice, runs = o.work / "voice", (o.work / "talker", o.work / "codec")
+    sentences = ["--sentences", o.sentences] if o.sentences else []
+    shards = ["--utterances", o.utterances, "--jobs", o.jobs, *sentences]
+    o.work.mkdir(parents=True, exist_ok=True)
+    if not pieces.exists():
+        step("tokenizer", pieces)
+    if not books.exists():
+        step("data", data, "--shards", f"0:{min(16, o.shards)}", *shards)
+        step("codebooks", data, books)
+    step("data", data, "--shards", f"0:{o.shards}", "--codebooks", books, *shards)
+    if not blank.exists():
+        step("start", blank, "--codebooks", books, "--tokenizer", pieces)
+    both = ["--threads", o.threads, "--workers", o.workers, *([] if o.eager else ["--compile"])]
+    talker = ["--run", runs[0], "--codebooks", books, "--steps", o.talker_steps, "--positions", o.positions, *both]
+    codec = ["--run", runs[1], "--steps", o.codec_steps, "--crops", o.crops, *both]
+    first = begin("train_talker", blank, data, *talker)
+    if not o.side_by_side:
+        finish(first)
+    finish(first, begin("train_codec", blank, data, *codec))
+    step("export", blank, voice, "--talker", runs[0] / "last.pt", "--codec", runs[1] / "last.pt")
+    step("evaluate_codec", voice, data, "--out", o.work / "resynthesis")
+    step("asr_loop", "--model", voice, "--json", o.work / "asr_loop.json", *sentences, module="bench")
 
 
 def main() -> None:
     """Make the voice."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--shards", type=int, default=150, help="of 400 utterances each")
-    parser.add_argument("--jobs", type=int, default=2, help="processes that synthesise")
-    parser.add_argument("--talker-steps", type=int, default=20_000)
-    parser.add_argument("--codec-steps", type=int, default=15_000)
-    options = parser.parse_args()
-    work = options.work
-    data, books, blank, voice = work / "data", work / "codebooks.pt", work / "blank", work / "voice"
-    work.mkdir(parents=True, exist_ok=True)
-    if not books.exists():
-        step("data", data, "--shards", "0:16", "--jobs", options.jobs)
-        step("codebooks", data, books)
-    step("data", data, "--shards", f"0:{options.shards}", "--jobs", options.jobs, "--codebooks", books)
-    if not (blank / "model.safetensors").exists():
-        step("start", blank, "--codebooks", books)
-    large = torch.cuda.is_available()
-    talker = ["--positions", 60_000, "--workers", 4] if large else []
-    codec = ["--crops", 64] if large else []
-    runs = work / "talker", work / "codec"
-    step(
-        "train_talker",
-        blank,
-        data,
-        "--run",
-        runs[0],
-        "--codebooks",
-        books,
-        "--steps",
-        options.talker_steps,
-        "--compile",
-        *talker,
-    )
-    step("train_codec", blank, data, "--run", runs[1], "--steps", options.codec_steps, "--compile", *codec)
-    step("export", blank, voice, "--talker", runs[0] / "last.pt", "--codec", runs[1] / "last.pt")
-    step("evaluate_codec", voice, data, "--out", work / "resynthesis")
+    o = options()
+    needs.check()
+    on_signals(leave)
+    try:
+        run(o)
+    finally:
+        for process in RUNNING:
+            process.terminate()
+        for process in RUNNING:
+            process.wait()
+    print(f"{o.work / 'voice'} is ready: python -m pipecat_qwen3 say --model {o.work / 'voice'} TEXT")
 
 
 if __name__ == "__main__":

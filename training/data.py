@@ -1,7 +1,7 @@
 """Texts in, shards of aligned recordings out: what flite said, cut to whole frames, with phones, words and codes.
 
-A shard is one file of a dictionary (see `make_shard`); its content follows from its number alone, so shards can be
-made in any order, by any number of processes, and a broken run goes on where it stopped.
+A shard is one file of a dictionary (see `pack`); its content follows from its number alone, so shards can be made in
+any order, by any number of processes, and a broken run goes on where it stopped.
 
     python -m training.data OUT_FOLDER --shards 0:60                      # recordings only, to fit the codebooks
     python -m training.data OUT_FOLDER --shards 0:60 --codebooks BOOKS.pt # adds the codes to all of them
@@ -9,6 +9,7 @@ made in any order, by any number of processes, and a broken run goes on where it
 
 import argparse
 import math
+import signal
 import time
 from functools import partial
 from multiprocessing import Pool
@@ -19,12 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training import needs
 from training.codebooks import Codebooks
 from training.features import FRAME, acoustic_vectors
 from training.flite import PHONES, RATE, VOICES, record
+from training.steps import leave, on_signals
 from training.text import Texts, held_out
 
-UTTERANCES = 400
 MAX_FRAMES = 150
 LEAD_S, TAIL_S = 0.05, 0.14
 """Silence kept before the first and after the last phone."""
@@ -81,11 +83,11 @@ def pack(texts: list[str], voices: list[int], parts: list[tuple[np.ndarray, np.n
     }
 
 
-def make_shard(number: int) -> Shard:
-    """400 utterances, both voices in turn at random; the same number gives the same shard."""
+def make_shard(number: int, utterances: int) -> Shard:
+    """So many utterances, each in a voice drawn at random; the same number gives the same shard."""
     source = Texts(1_000_003 + number)
     texts, voices, parts = [], [], []
-    while len(texts) < UTTERANCES:
+    while len(texts) < utterances:
         text, voice = source.draw(), int(source.rng.random() < 0.5)
         part = aligned(text, VOICES[voice])
         if part is not None:
@@ -95,9 +97,11 @@ def make_shard(number: int) -> Shard:
     return pack(texts, voices, parts)
 
 
-def make_held_out() -> Shard:
-    """Every held-out sentence in both voices; all texts with slt first, then all with rms."""
+def make_held_out(sentences: int | None) -> Shard:
+    """Held-out sentences (all, or so many from all groups) in both voices; all texts with slt first, then with rms."""
     texts = [text for _, text, _ in held_out()]
+    if sentences is not None and sentences < len(texts):
+        texts = [texts[i * len(texts) // sentences] for i in range(sentences)]
     parts = [part for voice in VOICES for text in texts if (part := aligned(text, voice)) is not None]
     if len(parts) < 2 * len(texts):
         raise SystemExit(f"flite could align only {len(parts)} of {2 * len(texts)} held-out recordings; see aligned()")
@@ -110,10 +114,14 @@ def vectors_of(shard: Shard) -> Tensor:
     return torch.cat([acoustic_vectors(wave) for wave in waves])
 
 
+def speakers_of(shard: Shard) -> Tensor:
+    """Voice [N] of each frame of a shard."""
+    return shard["voices"].long().repeat_interleave(shard["frames"].long())
+
+
 def add_codes(shard: Shard, codebooks: Codebooks) -> Shard:
     """The shard with codes int16 [N, 8]."""
-    speaker = shard["voices"].long().repeat_interleave(shard["frames"].long())
-    return shard | {"codes": codebooks.encode(vectors_of(shard), speaker).short()}
+    return shard | {"codes": codebooks.encode(vectors_of(shard), speakers_of(shard)).short()}
 
 
 def read_shard(path: Path) -> Shard:
@@ -121,11 +129,16 @@ def read_shard(path: Path) -> Shard:
     return torch.load(path, weights_only=True)
 
 
-def write_shard(number: int | None, folder: Path, codebooks: Path | None) -> None:
+def write_shard(
+    number: int | None, folder: Path, codebooks: Path | None, utterances: int, sentences: int | None
+) -> None:
     """Make or complete one shard's file, None being the held-out sentences; does nothing where it is complete."""
     torch.set_num_threads(1)
     began, path = time.monotonic(), folder / (HELD_OUT if number is None else f"{number:04d}.pt")
-    shard = read_shard(path) if path.exists() else make_held_out() if number is None else make_shard(number)
+    if path.exists():
+        shard = read_shard(path)
+    else:
+        shard = make_held_out(sentences) if number is None else make_shard(number, utterances)
     if codebooks is not None and "codes" not in shard:
         shard = add_codes(shard, Codebooks.load(codebooks))
     elif path.exists():
@@ -140,23 +153,34 @@ def write_shard(number: int | None, folder: Path, codebooks: Path | None) -> Non
 
 
 def main() -> None:
-    """Make the shards FIRST:END that are not there yet."""
+    """Make the shards FIRST:END that are not there yet, and the held-out recordings."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shards", default="0:60")
+    parser.add_argument("--utterances", type=int, default=400, help="of a shard")
+    parser.add_argument("--sentences", type=int, help="held-out ones (default: all)")
     parser.add_argument("--codebooks", type=Path)
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
+    needs.check()
+    on_signals(leave)
     options.out.mkdir(parents=True, exist_ok=True)
     first, end = (int(n) for n in options.shards.split(":"))
-    work = partial(write_shard, folder=options.out, codebooks=options.codebooks)
-    work(None)
+    work = partial(
+        write_shard,
+        folder=options.out,
+        codebooks=options.codebooks,
+        utterances=options.utterances,
+        sentences=options.sentences,
+    )
+    numbers = [None, *range(first, end)]
     if options.jobs == 1:
-        for number in range(first, end):
+        for number in numbers:
             work(number)
         return
-    with Pool(options.jobs) as pool:
-        pool.map(work, range(first, end), chunksize=1)
+    with Pool(options.jobs, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        for _ in pool.imap_unordered(work, numbers):
+            pass
 
 
 if __name__ == "__main__":

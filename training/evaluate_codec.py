@@ -3,8 +3,8 @@
     python -m training.evaluate_codec CHECKPOINT DATA --out FOLDER
     python -m bench.asr_loop --recordings FOLDER        # the recogniser's error on the waves written there
 
-Only here do samples of two waves belong to each other, so only here are they compared: log-mel distance, STOI, PESQ
-(wide band) and SI-SDR (printed only: a codec without phase cannot keep it). Needs the packages `pystoi` and `pesq`.
+Waves are numbered as in held_out.tsv. Only here do samples of two waves belong to each other, so only here are they
+compared: log-mel distance, STOI, PESQ (wide band) and SI-SDR (printed only: a codec without phase cannot keep it).
 """
 
 import argparse
@@ -22,6 +22,7 @@ from training.codec_loss import RATE as CODEC_RATE
 from training.data import HELD_OUT, read_shard
 from training.features import FRAME, log_mel
 from training.flite import RATE, VOICES
+from training.text import held_out
 
 
 def write_wav(path: Path, samples: np.ndarray) -> None:
@@ -71,14 +72,14 @@ def main() -> None:
     lengths = shard["frames"].tolist()
     waves, codes = shard["wave"].split([n * FRAME for n in lengths]), shard["codes"].split(lengths)
     found: dict[str, list[dict[str, float]]] = {voice: [] for voice in VOICES}
-    sentences = len(lengths) // len(VOICES)
-    for number, (samples, code) in enumerate(zip(waves, codes, strict=True)):
-        voice, index = VOICES[number // sentences], number % sentences
-        if options.sentences is not None and index >= options.sentences:
+    numbers = {text: number for number, (_, text, _) in enumerate(held_out())}
+    speakers = [VOICES[voice] for voice in shard["voices"].tolist()]
+    for text, voice, samples, code in zip(shard["texts"], speakers, waves, codes, strict=True):
+        if options.sentences is not None and len(found[voice]) >= options.sentences:
             continue
         with torch.inference_mode():
             made = decoder(code.T[None].long())[0].numpy()
-        write_wav(options.out / voice / f"{index:03d}.wav", made)
+        write_wav(options.out / voice / f"{numbers[text]:03d}.wav", made)
         wanted = samples.numpy() / 32768
         found[voice].append(compare(soxr.resample(made, CODEC_RATE, RATE)[: len(wanted)].astype(float), wanted))
     names = ("mel distance, neper", "STOI", "PESQ", "SI-SDR, dB")

@@ -1,14 +1,15 @@
-"""Codebooks in, an untrained checkpoint out: where the trainers begin.
+"""Codebooks and a tokenizer in, an untrained checkpoint out: where the trainers begin.
 
-    python -m training.start OUT --codebooks BOOKS.pt
+    python -m training.start OUT --codebooks BOOKS.pt --tokenizer FOLDER
 
-Configs, tokenizer and the codec's unused encoder are the embedded voice's. Weights are random, but for what is known
-before any training: embeddings and heads of codes are linear images of the codebooks, so that the sum of a frame's
+Configs and the codec's unused encoder (random) are the base's. Weights are random, but for what is known before any
+training: embeddings and heads of codes are linear images of the codebooks, so that the sum of a frame's
 embeddings is a linear image of its acoustic vector; text embeddings sound like their tokens (training.lexicon); the
 codec has the codebooks themselves.
 """
 
 import argparse
+import json
 import math
 import shutil
 from pathlib import Path
@@ -93,29 +94,36 @@ def start_codec(decoder: CodecDecoder, books: Tensor, scale: float) -> None:
     last.conv.weight.mul_(0.05)
 
 
+def start(base: Path, out: Path, codebooks: Codebooks, tokenizer: Path) -> None:
+    """Write the untrained checkpoint into a new folder, which is there only when it is complete."""
+    part = out.with_suffix(".part")
+    shutil.copytree(base, part, dirs_exist_ok=True)
+    shutil.copytree(tokenizer, part, dirs_exist_ok=True)
+    config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    config["assistant_token_id"] = json.loads((part / "vocab.json").read_text(encoding="utf-8"))["assistant"]
+    (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    checkpoint = Checkpoint.open(part)
+    talker, decoder = Talker(checkpoint.config), CodecDecoder(checkpoint.codec_config)
+    rows, width = checkpoint.config.text_vocab, checkpoint.config.text_hidden
+    start_talker(talker, codebooks.books, text_embeddings(checkpoint.load_tokenizer(), rows, width))
+    start_codec(decoder, codebooks.books, 1 / float(codebooks.vector_scale))
+    write(base, part, {f"talker.{n}": x for n, x in talker.state_dict().items()})
+    codec = "speech_tokenizer"
+    write(base / codec, part / codec, {f"decoder.{n}": x for n, x in decoder.state_dict().items()})
+    part.rename(out)
+
+
 def main() -> None:
     """Write the untrained checkpoint."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--codebooks", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--base", default="embedded", help="checkpoint whose configs are taken")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    fitted = Codebooks.load(options.codebooks)
-    checkpoint = Checkpoint.open("embedded")
-    talker, decoder = Talker(checkpoint.config), CodecDecoder(checkpoint.codec_config)
-    config = checkpoint.config
-    start_talker(
-        talker, fitted.books, text_embeddings(checkpoint.load_tokenizer(), config.text_vocab, config.text_hidden)
-    )
-    start_codec(decoder, fitted.books, 1 / float(fitted.vector_scale))
-    shutil.copytree(find("embedded"), options.out, dirs_exist_ok=True)
-    write(find("embedded"), options.out, {f"talker.{n}": x for n, x in talker.state_dict().items()})
-    write(
-        find("embedded") / "speech_tokenizer",
-        options.out / "speech_tokenizer",
-        {f"decoder.{n}": x for n, x in decoder.state_dict().items()},
-    )
+    start(find(options.base), options.out, Codebooks.load(options.codebooks), options.tokenizer)
 
 
 if __name__ == "__main__":

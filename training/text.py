@@ -5,16 +5,18 @@ common words (each word as often as any other), and two short sentences in one u
 the rare words of its group "unseen" never appear. Needs Debian's `wordnet-base` and `wordfreq`; knows no audio.
 """
 
+import argparse
+import os
 import random
 import re
 from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 
-from wordfreq import top_n_list  # type: ignore[import-not-found]
-
 HERE = Path(__file__).parent
-WORDNET = Path("/usr/share/wordnet")
+WORDNET = Path(os.environ.get("WNSEARCHDIR", "/usr/share/wordnet"))
+"""WordNet's files; the variable is the one that WordNet's own programs read."""
+
 FREE_WORDS, PROSE_WORDS, KNOWN_WORDS = 30_000, 20_000, 12_000
 """Ranks by frequency: words of free sequences, of dictionary prose, and those that an unseen word must not be among."""
 
@@ -46,10 +48,16 @@ def held_out() -> tuple[tuple[str, str, str], ...]:
     return tuple((group, text, spoken) for group, text, spoken in (line.split("\t") for line in lines))
 
 
+def _by_frequency(count: int) -> list[str]:
+    from wordfreq import top_n_list  # type: ignore[import-not-found] # late: those who train need no texts
+
+    return top_n_list("en", count)
+
+
 @cache
 def unseen_words() -> frozenset[str]:
     """Words of the held-out group "unseen" that are not common; they are kept out of all training text."""
-    known = set(top_n_list("en", KNOWN_WORDS))
+    known = set(_by_frequency(KNOWN_WORDS))
     words = {w for group, text, _ in held_out() if group == "unseen" for w in spoken_words(text).split()}
     return frozenset(words - known)
 
@@ -58,7 +66,7 @@ def unseen_words() -> frozenset[str]:
 def common_words(count: int) -> tuple[str, ...]:
     """The `count` most frequent pronounceable English words, most frequent first."""
     words = []
-    for word in top_n_list("en", 2 * count):
+    for word in _by_frequency(2 * count):
         if not re.fullmatch(r"[a-z]+(?:'[a-z]+)?", word) or not re.search(r"[aeiouy]", word):
             continue
         if (len(word) > 2 or word in SHORT_WORDS) and not LEFT_OUT.search(word) and word not in unseen_words():
@@ -308,7 +316,19 @@ class Texts:
             return text
 
 
-if __name__ == "__main__":
-    source = Texts(1)
-    for _ in range(60):
+def main() -> None:
+    """Print generated sentences, one a line."""
+    from training import needs
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    needs.check()
+    source = Texts(options.seed)
+    for _ in range(options.count):
         print(source.draw())
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import numpy as np
 import soxr
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pipecat_qwen3.checkpoint import Checkpoint
 from training import codec_loss
+from training.data import HELD_OUT
 from training.features import FRAME, MELS
 from training.flite import RATE
-from training.train_talker import rate, shards
+from training.steps import INTERRUPTED, Stop, rate, shards
 
 AVERAGE = 0.999
 """Decay a step of the averaged weights, which are what is exported."""
@@ -31,12 +34,16 @@ AVERAGE = 0.999
 MARGIN = 320
 """Samples at 16 kHz read on the left of a crop, so that resampling is in its stride where the crop begins."""
 
+EXAMINED, HELD_CROPS = 500, 64
+"""So many steps lie between two looks at so many pieces of the held-out recordings."""
 
-class Crops:
-    """Random pieces of the recordings, the voices in a chosen proportion."""
 
-    def __init__(self, paths: list[Path], frames: int, rms_share: float, seed: int) -> None:
-        self.frames, self.rms_share, self.rng = frames, rms_share, random.Random(seed)
+class Crops(IterableDataset[tuple[Tensor, Tensor]]):
+    """Endless batches of random pieces of the recordings, the voices in a chosen proportion."""
+
+    def __init__(self, paths: list[Path], count: int, frames: int, rms_share: float, seed: int) -> None:
+        self.count, self.frames, self.rms_share, self.seed = count, frames, rms_share, seed
+        self.rng = random.Random(seed)
         self.items: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = ([], [])
         for path in paths:
             shard = torch.load(path, weights_only=True, mmap=True)
@@ -48,10 +55,17 @@ class Crops:
                 if len(codes) >= frames:
                     self.items[voice].append((codes, samples))
 
-    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = get_worker_info()
+        if worker is not None:
+            self.rng = random.Random(f"{self.seed} {worker.id}")
+        while True:
+            yield self.draw()
+
+    def draw(self) -> tuple[Tensor, Tensor]:
         """Codes int64 [count, 8, frames] and waves [count, frames * 1920] in [-1, 1] at 24 kHz."""
         codes, waves = [], []
-        for _ in range(count):
+        for _ in range(self.count):
             chosen, samples = self.rng.choice(self.items[int(self.rng.random() < self.rms_share)])
             start = 0 if self.rng.random() < 0.15 else self.rng.randint(0, len(chosen) - self.frames)
             first = max(0, start * FRAME - MARGIN)
@@ -134,6 +148,18 @@ class Trainer:
                     self.average[name].lerp_(x, 1 - decay)
         return {"loss": loss.item(), "mel": mel.item(), "trunk": trunk.item()}
 
+    def examine(self, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Losses of the averaged weights on pieces of held-out recordings."""
+        kept = {name: x.clone() for name, x in self.decoder.state_dict().items()}
+        self.decoder.load_state_dict(self.average)
+        sums = torch.zeros(2)
+        for codes, wanted in batches:  # with gradients that nobody takes: without them all would be compiled again
+            made, _ = codec_loss.decode(self.decoder, codes.to(self.device))
+            loss, mel = codec_loss.codec_loss(made, wanted.to(self.device))
+            sums += torch.tensor([loss.item(), mel.item()])
+        self.decoder.load_state_dict(kept)
+        return dict(zip(("loss", "mel"), (sums / len(batches)).tolist(), strict=True))
+
 
 def main() -> None:
     """Train until --steps; the same command goes on where the last one stopped."""
@@ -150,6 +176,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=12, help="of a piece")
     parser.add_argument("--rms-share", type=float, default=0.35, help="slt, the higher voice, needs more practice")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0, help="processes that cut pieces; 4 suits a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
@@ -157,29 +184,41 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
     options.run.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(options)
-    crops = Crops(shards(options.data), options.frames, options.rms_share, options.seed + trainer.step)
+    trainer, stop = Trainer(options), Stop()
+    sizes = options.crops, options.frames
+    crops = Crops(shards(options.data), *sizes, options.rms_share, options.seed + trainer.step)
+    unseen = Crops([options.data[0] / HELD_OUT], *sizes, 0.5, 0)
+    held_out = [unseen.draw() for _ in range(max(1, HELD_CROPS // options.crops))]
     print(f"{[len(items) for items in crops.items]} recordings", flush=True)
     said = saved = time.monotonic()
     sums: dict[str, float] = {}
     count = 0
-    while trainer.step < options.steps:
-        losses = trainer.learn(*crops.draw(options.crops))
-        sums = {name: sums.get(name, 0.0) + x for name, x in losses.items()}
-        count += 1
-        now, over = time.monotonic(), trainer.step >= options.steps
-        if now - said > 60 or over:
-            trainer.seconds += now - said
-            line = {
-                "step": trainer.step,
-                "minutes": round(trainer.seconds / 60, 1),
-                "s/step": round((now - said) / count, 3),
-            }
-            print(json.dumps(line | {name: round(x / count, 4) for name, x in sums.items()}), flush=True)
-            said, sums, count = now, {}, 0
-        if now - saved > 180 or over:
-            trainer.save()
-            saved = now
+    if trainer.step < options.steps:
+        for batch in DataLoader(crops, batch_size=None, num_workers=options.workers):
+            losses = trainer.learn(*batch)
+            sums = {name: sums.get(name, 0.0) + x for name, x in losses.items()}
+            count += 1
+            now, done = time.monotonic(), trainer.step >= options.steps
+            last = done or stop.asked
+            if now - said > 60 or last:
+                trainer.seconds += now - said
+                line = {
+                    "step": trainer.step,
+                    "minutes": round(trainer.seconds / 60, 1),
+                    "s/step": round((now - said) / count, 3),
+                }
+                print(json.dumps(line | {name: round(x / count, 4) for name, x in sums.items()}), flush=True)
+                said, sums, count = now, {}, 0
+            if trainer.step % EXAMINED == 0 or done:
+                figures = {name: round(x, 4) for name, x in trainer.examine(held_out).items()}
+                print(json.dumps({"step": trainer.step, "held out": figures}), flush=True)
+            if now - saved > 180 or last:
+                trainer.save()
+                saved = now
+            if last:
+                break
+    if trainer.step < options.steps:
+        raise SystemExit(INTERRUPTED)
 
 
 if __name__ == "__main__":

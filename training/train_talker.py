@@ -3,12 +3,11 @@
     python -m training.train_talker BASE DATA… --run RUN --codebooks BOOKS.pt --steps 20000
 
 BASE is a checkpoint folder: its configs, tokenizer and weights are the beginning. RUN/last.pt is written every few
-minutes and taken up again by the same command. New shards in DATA are taken up at the next pass.
+minutes and at Ctrl-C, and taken up again by the same command. New shards in DATA are taken up at the next pass.
 """
 
 import argparse
 import json
-import math
 import random
 import time
 from functools import partial
@@ -23,18 +22,15 @@ from pipecat_qwen3.checkpoint import Checkpoint
 from training.codebooks import Codebooks
 from training.data import HELD_OUT
 from training.rows import Batch, Choice, Utterance, collate, plan, read_utterances
+from training.steps import INTERRUPTED, Stop, rate, shards
 from training.talker_loss import AuxiliaryHeads, TalkerLoss, total
 from training.text import held_out
 
 AVERAGE = 0.9985
 """Decay a step of the averaged weights, which are what is exported."""
 
-
-def rate(step: int, steps: int, warm: int, hold: float) -> float:
-    """Factor on the learning rate: linear warm-up, constant until `hold` of the steps, then a cosine to 1 %."""
-    fraction = step / steps
-    falling = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, fraction - hold) / (1 - hold))))
-    return min(1.0, (step + 1) / warm) * max(0.01, falling)
+EXAMINED = 500
+"""So many steps lie between two looks at the held-out recordings, and at whether there are new shards."""
 
 
 class Trainer:
@@ -122,16 +118,12 @@ class Trainer:
 def held_out_groups(path: Path, tokenizer: Any) -> dict[str, list[Utterance]]:
     """The held-out recordings: sentences of known words, with unseen words, and with digits or in pairs."""
     names = {"unseen": "unseen", "digits": "long", "pair": "long"}
-    found: dict[str, list[Utterance]] = {"known": [], "unseen": [], "long": []}
-    rows = held_out()
-    for index, utterance in enumerate(read_utterances([path], tokenizer)):
-        found[names.get(rows[index % len(rows)][0], "known")].append(utterance)
-    return found
-
-
-def shards(folders: list[Path]) -> list[Path]:
-    """Numbered shards of all folders."""
-    return [path for folder in folders for path in sorted(folder.glob("[0-9]*.pt"))]
+    groups = {text: names.get(group, "known") for group, text, _ in held_out()}
+    found: dict[str, list[Utterance]] = {name: [] for name in dict.fromkeys(groups.values())}
+    texts = torch.load(path, weights_only=True, mmap=True)["texts"]
+    for text, utterance in zip(texts, read_utterances([path], tokenizer), strict=True):
+        found[groups[text]].append(utterance)
+    return {name: utterances for name, utterances in found.items() if utterances}
 
 
 def main() -> None:
@@ -158,15 +150,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.run.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(options)
+    trainer, stop = Trainer(options), Stop()
     groups = held_out_groups(options.data[0] / HELD_OUT, trainer.tokenizer)
     rng = random.Random(options.seed + trainer.step)
     known: list[Path] = []
     utterances: list[Utterance] = []
-    said, saved, began = time.monotonic(), time.monotonic(), time.monotonic()
+    said = saved = time.monotonic()
     sums: dict[str, Tensor] = {}
     count, positions = 0, trainer.positions
-    while trainer.step < options.steps:
+    while trainer.step < options.steps and not stop.asked:
         if (found := shards(options.data)) != known:
             utterances += read_utterances([path for path in found if path not in known], trainer.tokenizer)
             known = found
@@ -181,22 +173,25 @@ def main() -> None:
             losses = trainer.learn(batch)
             sums = {name: sums.get(name, 0) + x for name, x in losses.items()}
             count += 1
-            now = time.monotonic()
-            if now - said > 60 or trainer.step >= options.steps:
-                trainer.seconds += now - began
+            now, done = time.monotonic(), trainer.step >= options.steps
+            last = done or stop.asked
+            if now - said > 60 or last:
+                trainer.seconds += now - said
                 means = {name: [round(v, 3) for v in (x / count).reshape(-1).tolist()] for name, x in sums.items()}
                 speed = (trainer.positions - positions) / (now - said)
                 line = {"step": trainer.step, "minutes": round(trainer.seconds / 60, 1), "positions/s": round(speed)}
                 print(json.dumps(line | means), flush=True)
-                said, began, sums, count, positions = now, now, {}, 0, trainer.positions
-            if trainer.step % 500 == 0 or trainer.step >= options.steps:
+                said, sums, count, positions = now, {}, 0, trainer.positions
+            if trainer.step % EXAMINED == 0 or done:
                 figures = {name: round(x, 4) for name, x in trainer.examine(groups).items()}
                 print(json.dumps({"step": trainer.step, "held out": figures}), flush=True)
-            if now - saved > 180 or trainer.step >= options.steps:
+            if now - saved > 180 or last:
                 trainer.save()
                 saved = now
-            if trainer.step >= options.steps or (trainer.step % 500 == 0 and shards(options.data) != known):
+            if last or (trainer.step % EXAMINED == 0 and shards(options.data) != known):
                 break
+    if trainer.step < options.steps:
+        raise SystemExit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""Text frames of a Pipecat pipeline in, speech frames out, spoken by a server over one socket. Needs no torch."""
+
+import asyncio
+from typing import Any
+
+from pipecat.processors.frame_processor import FrameProcessorSetup
+from pipecat.services.tts_service import TextAggregationMode
+from pipecat.utils.errors import ErrorCategory
+
+from pipecat_qwen3.backend import SAMPLE_RATE
+from pipecat_qwen3.errors import TTSError, UnknownNameError, choices
+from pipecat_qwen3.protocol import ConnectionFailedError, UnauthorizedError
+from pipecat_qwen3.remote import RemoteBackend
+from pipecat_qwen3.service_settings import Qwen3TTSSettings
+from pipecat_qwen3.service_tokens import TokenTTSService
+
+URL = "ws://127.0.0.1:8880/v1/audio/speech/ws"
+
+
+class Qwen3WebsocketTTSService(TokenTTSService):
+    """Speaks through a `pipecat-qwen3 serve` somewhere else.
+
+    Everything else is as in `Qwen3TTSService`: sentences or tokens, word times, interruptions, settings. A lost
+    connection is an error of the sentence that was being spoken; it is made again in the background, or at once when
+    there is something to say.
+
+    Event handlers: on_connected, on_disconnected, on_connection_error.
+
+    Example::
+
+        tts = Qwen3WebsocketTTSService(url="ws://gpu.local:8880/v1/audio/speech/ws", api_key=key)
+    """
+
+    Settings = Qwen3TTSSettings
+
+    def __init__(
+        self,
+        *,
+        url: str = URL,
+        api_key: str | None = None,
+        sample_rate: int | None = SAMPLE_RATE,
+        skip_silence: bool = True,
+        text_aggregation_mode: TextAggregationMode | None = None,
+        settings: Settings | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Connect to nothing yet; `setup` does.
+
+        Args:
+            url: The server's socket: ws://HOST:PORT/v1/audio/speech/ws, or wss:// behind TLS.
+            api_key: What the server has in PIPECAT_QWEN3_API_KEY.
+            sample_rate: Rate of the frames in Hz; None takes the pipeline's.
+            skip_silence: Drop the silence before the first word of a turn.
+            text_aggregation_mode: SENTENCE, or TOKEN to speak while the language model still writes.
+            settings: What may change at runtime, see `Qwen3TTSSettings`. The server decides the model.
+            **kwargs: Options of Pipecat's `TTSService`.
+
+        Raises:
+            BadRequestError: For a URL that is none.
+            UnknownNameError: For an option that does not exist.
+        """
+        if local := kwargs.keys() & {"model", "device", "dtype"}:
+            raise UnknownNameError(f"the server decides {choices(sorted(local))}; leave it out here")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._remote = RemoteBackend(url, api_key=api_key, on_change=self._connection_changed)
+        super().__init__(
+            backend=self._remote,
+            sample_rate=sample_rate,
+            skip_silence=skip_silence,
+            text_aggregation_mode=text_aggregation_mode,
+            settings=settings,
+            **kwargs,
+        )
+
+    async def setup(self, setup: FrameProcessorSetup) -> None:
+        """Wait for the connection; one that cannot be had is reported, and tried again in the background."""
+        await super().setup(setup)
+        self._loop = asyncio.get_running_loop()
+        try:
+            await self._remote.connected()
+        except TTSError as error:
+            await self._changed(error)
+
+    async def cleanup(self) -> None:
+        """Release what is left, and the connection."""
+        await super().cleanup()
+        await asyncio.to_thread(self._remote.close)
+
+    def _connection_changed(self, error: TTSError | None) -> None:
+        """Told on the network thread."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(lambda: self.create_task(self._changed(error)))
+
+    async def _changed(self, error: TTSError | None) -> None:
+        if error is None:
+            self._settings.model = self._remote.model
+            self._sync_model_name_to_metrics()
+            await self._call_event_handler("on_connected")
+        else:
+            await self._call_event_handler("on_disconnected")
+            await self._call_event_handler("on_connection_error", str(error))
+            await self.push_error(f"Qwen3-TTS has no server: {error}", exception=error)
+
+    def _classify_error(self, exception: Exception) -> ErrorCategory | None:
+        if isinstance(exception, ConnectionFailedError):
+            return ErrorCategory.CONNECTIVITY
+        if isinstance(exception, UnauthorizedError):
+            return ErrorCategory.AUTHENTICATION
+        return super()._classify_error(exception)

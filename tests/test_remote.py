@@ -1,0 +1,339 @@
+"""RemoteBackend against a real server on loopback: streams, errors, vanishing peers, barge-ins."""
+
+import asyncio
+import gc
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipecat_qwen3.backend import Backend, Chunk, Request, Stream
+from pipecat_qwen3.errors import BadRequestError, EngineError, OverloadedError, TTSError, UnknownNameError
+from pipecat_qwen3.local import LocalBackend
+from pipecat_qwen3.protocol import ConnectionFailedError, UnauthorizedError
+from pipecat_qwen3.remote import RemoteBackend
+from pipecat_qwen3.server_speaker import Limits
+from tests.fakes import FakeBackend
+from tests.serving import Served, serving
+
+
+@pytest.fixture
+def fake() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest.fixture
+def server(fake: FakeBackend) -> Iterator[Served]:
+    with serving(lambda: fake) as served:
+        yield served
+
+
+@pytest.fixture
+def remote(server: Served) -> Iterator[RemoteBackend]:
+    backend = RemoteBackend.open(server.ws)
+    yield backend
+    backend.close()
+
+
+def pcm(chunks: list[Chunk]) -> np.ndarray:
+    at = 0
+    for chunk in chunks:
+        assert chunk.first_sample == at
+        at += len(chunk.pcm)
+    return np.concatenate([chunk.pcm for chunk in chunks])
+
+
+async def pieces(*texts: str) -> AsyncIterator[str]:
+    for text in texts:
+        yield text
+        await asyncio.sleep(0.01)
+
+
+def until(condition, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_it_is_a_backend_that_knows_what_the_server_knows(remote: RemoteBackend) -> None:
+    assert isinstance(remote, Backend)
+    assert (remote.voices, remote.languages, remote.model) == (("rms", "slt"), ("english",), "fake")
+    assert remote.ready
+
+
+def test_speech_words_and_result_are_those_of_the_server(fake: FakeBackend, remote: RemoteBackend) -> None:
+    stream = remote.speak(Request("Hello there, friend.", voice="slt", seed=5))
+    chunks = list(stream)
+    assert np.array_equal(pcm(chunks), fake.speech("Hello there, friend."))
+    assert [word for chunk in chunks for word in chunk.words] == fake.words("Hello there, friend.")
+    assert stream.result is not None
+    assert (stream.result.end, stream.result.seed, stream.result.error) == ("eos", 5, None)
+    assert stream.result.frames * 1920 == len(pcm(chunks))
+
+
+def test_every_field_of_a_request_arrives(fake: FakeBackend, remote: RemoteBackend) -> None:
+    asked = Request(
+        "Hello.", "rms", "english", "softly", "streaming", 2**63 - 1, True, 0.5, 3, 0.25, 1.5, 0.75, 4, 0.125, 9,
+        (2, 3), None, True,
+    )  # fmt: skip
+    list(remote.speak(asked))
+    assert fake.requests == [asked]
+
+
+async def test_text_may_come_in_pieces_and_be_cut_inside_an_emoji(fake: FakeBackend, remote: RemoteBackend) -> None:
+    stream = remote.speak(Request(pieces("Hel", "lo \ud83d", "\ude00 the", "re")))
+    chunks = [chunk async for chunk in stream]
+    assert np.array_equal(pcm(chunks), fake.speech("Hello 😀 there"))
+
+
+async def test_a_failing_text_ends_its_voice_on_both_sides(fake: FakeBackend, remote: RemoteBackend) -> None:
+    async def broken() -> AsyncIterator[str]:
+        yield "Hello"
+        raise ValueError("the model is gone")
+
+    with pytest.raises(BadRequestError, match="the model is gone"):
+        _ = [chunk async for chunk in remote.speak(Request(broken()))]
+    async with asyncio.timeout(5):
+        while not fake.cancelled:  # noqa: ASYNC110 - the server knows no event of this loop
+            await asyncio.sleep(0.01)
+
+
+def test_what_the_server_refuses_is_raised_as_what_it_is(fake: FakeBackend, remote: RemoteBackend) -> None:
+    with pytest.raises(UnknownNameError, match="nobody"):
+        list(remote.speak(Request("Hello.", voice="nobody")))
+    with pytest.raises(BadRequestError, match="empty"):
+        remote.speak(Request("  "))
+    with pytest.raises(BadRequestError, match="seed"):
+        remote.speak(Request("Hello.", seed=-1))
+    fake.fail = OverloadedError("no room")
+    with pytest.raises(OverloadedError, match="no room"):
+        list(remote.speak(Request("Hello.")))
+    fake.fail, fake.fail_after = EngineError("it broke"), 2
+    stream = remote.speak(Request("Hello there."))
+    with pytest.raises(EngineError, match="it broke"):
+        list(stream)
+
+
+def test_many_voices_share_a_socket_without_mixing(fake: FakeBackend, remote: RemoteBackend) -> None:
+    fake.pace = 0.05
+    texts = [f"This is voice number {i}" + "." * (i % 7) for i in range(40)]
+    streams = [remote.speak(Request(text, seed=i)) for i, text in enumerate(texts)]
+    for text, stream in zip(texts, streams, strict=True):
+        chunks = list(stream)
+        assert np.array_equal(pcm(chunks), fake.speech(text))
+        assert [word for chunk in chunks for word in chunk.words] == fake.words(text)
+
+
+def test_after_a_cancel_nothing_comes_and_the_server_knows(
+    fake: FakeBackend, remote: RemoteBackend, server: Served
+) -> None:
+    fake.pace = 1.0
+    stream = remote.speak(Request("A long sentence that will not be heard to its end."))
+    next(iter(stream))
+    stream.cancel()
+    assert list(stream) == []
+    until(lambda: fake.cancelled and not server.speaker.open_voices)
+    assert stream.wait(5).end == "cancelled"
+
+
+def barge_in(remote: RemoteBackend, rounds: int, seed: int) -> None:
+    choose = random.Random(seed)
+    live: list[Stream] = []
+    for i in range(rounds):
+        live.append(remote.speak(Request(f"Sentence number {i} of many, and it is not short.", seed=i)))
+        time.sleep(choose.random() * 0.01)
+        if len(live) > 6:
+            stream = live.pop(choose.randrange(len(live)))
+            for _ in range(choose.randrange(3)):
+                next(iter(stream), None)
+            stream.cancel()
+            assert next(iter(stream), None) is None
+    for stream in live:
+        stream.cancel()
+
+
+@pytest.mark.parametrize("rounds", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_random_barge_ins_leave_no_voice_behind(
+    fake: FakeBackend, remote: RemoteBackend, server: Served, rounds: int
+) -> None:
+    fake.pace = 0.3
+    barge_in(remote, rounds, seed=1)
+    until(lambda: not server.speaker.open_voices and not remote._contexts, 20)
+    assert {stream.result.end for stream in fake.streams if stream.result} <= {"cancelled", "eos"}
+    fake.pace = None
+    assert np.array_equal(pcm(list(remote.speak(Request("Still here.")))), fake.speech("Still here."))
+
+
+def test_a_client_that_vanishes_frees_its_voices(fake: FakeBackend, server: Served) -> None:
+    fake.pace = 1.0
+    remote = RemoteBackend.open(server.ws)
+    for _ in range(5):
+        remote.speak(Request("A long sentence that nobody will hear to its end."))
+    until(lambda: server.speaker.open_voices == 5)
+    remote.close()
+    until(lambda: not server.speaker.open_voices)
+    assert len(fake.cancelled) == 5
+
+
+def test_when_the_server_goes_away_every_voice_errors_within_a_second(fake: FakeBackend, server: Served) -> None:
+    fake.pace = 2.0
+    remote = RemoteBackend.open(server.ws)
+    streams = [remote.speak(Request("A long sentence that will break off.")) for _ in range(3)]
+    next(iter(streams[0]))
+    server.server.should_exit = server.server.force_exit = True
+    until(lambda: not remote.ready)
+    for stream in streams:
+        assert isinstance(stream.wait(1).error, ConnectionFailedError)
+    with pytest.raises(ConnectionFailedError):
+        list(streams[0])
+    began = time.monotonic()
+    with pytest.raises(ConnectionFailedError, match="no connection"):
+        list(remote.speak(Request("Anybody there?")))
+    assert time.monotonic() - began < 5
+    remote.close()
+
+
+def test_it_connects_again_when_the_server_is_back(fake: FakeBackend) -> None:
+    with serving(lambda: fake) as first:
+        remote = RemoteBackend.open(first.ws)
+        list(remote.speak(Request("Hello.")))
+    until(lambda: not remote.ready)
+    again = FakeBackend(voices=("ryan",))
+    with serving(lambda: again, port=first.port):
+        assert np.array_equal(pcm(list(remote.speak(Request("Hello.")))), again.speech("Hello."))
+        assert remote.voices == ("ryan",)
+        remote.close()
+
+
+def test_nobody_there_and_a_wrong_key_are_said_so() -> None:
+    with pytest.raises(ConnectionFailedError, match="no connection"):
+        RemoteBackend.open("ws://127.0.0.1:9/v1/audio/speech/ws")
+    with pytest.raises(BadRequestError, match="ws://"):
+        RemoteBackend("http://127.0.0.1")
+    with serving(FakeBackend, api_key="right") as served:
+        with pytest.raises(UnauthorizedError):
+            RemoteBackend.open(served.ws, api_key="wrong")
+        RemoteBackend.open(served.ws, api_key="right").close()
+
+
+def test_closing_ends_everything_and_may_be_repeated(fake: FakeBackend, server: Served) -> None:
+    fake.pace = 1.0
+    remote = RemoteBackend.open(server.ws)
+    stream = remote.speak(Request("A long sentence that will break off."))
+    remote.close()
+    remote.close()
+    with pytest.raises(EngineError):
+        list(stream)
+    with pytest.raises(EngineError):
+        remote.speak(Request("Hello."))
+
+
+def test_a_draining_server_finishes_its_voices_and_takes_no_new_ones(fake: FakeBackend, server: Served) -> None:
+    fake.pace = 0.5
+    remote, idle = RemoteBackend.open(server.ws), RemoteBackend.open(server.ws)
+    stream = remote.speak(Request("A sentence that may be finished."))
+    first = next(iter(stream))
+    server.server.handle_exit(15, None)
+    until(lambda: not idle.ready)  # nobody speaks there: it may go elsewhere at once
+    with pytest.raises(OverloadedError, match="shutting down"):
+        list(remote.speak(Request("Too late.")))
+    rest = list(stream)
+    assert np.array_equal(pcm([first, *rest]), fake.speech("A sentence that may be finished."))
+    until(lambda: not remote.ready)
+    idle.close()
+    remote.close()
+
+
+def test_a_text_that_crosses_the_servers_farewell_is_spoken_by_the_next_one(fake: FakeBackend) -> None:
+    with serving(lambda: fake, limits=Limits(socket_s=0.2)) as served:
+        remote = RemoteBackend.open(served.ws)
+        for i in range(40):  # some of them cross it
+            assert np.array_equal(pcm(list(remote.speak(Request("Hello.")))), fake.speech("Hello."))
+            time.sleep(0.003 * (i % 7))
+        remote.close()
+
+
+@pytest.fixture(scope="module")
+def real(embedded: LocalBackend) -> Iterator[Served]:
+    class Borrowed:
+        """The session's backend, which a server may not close."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(embedded, name)
+
+        def close(self) -> None:
+            pass
+
+    with serving(Borrowed, limits=Limits(contexts=128)) as served:  # type: ignore[arg-type]
+        yield served
+
+
+@pytest.mark.parametrize("voices", [8, pytest.param(64, marks=pytest.mark.slow)])
+def test_the_codes_over_the_wire_are_those_of_the_engine_alone(
+    embedded: LocalBackend, real: Served, voices: int
+) -> None:
+    requests = [Request(f"Room {i} is free.", seed=i, ahead_s=None, max_frames=12) for i in range(voices)]
+    alone = []
+    for request in requests[:8]:
+        stream = embedded.speak(request)
+        list(stream)
+        alone.append(stream.wait().codes)
+    remote = RemoteBackend.open(real.ws)
+    streams = [remote.speak(request) for request in requests]
+    heard: list[int] = []
+    threads = [threading.Thread(target=lambda s=s: heard.append(sum(len(c.pcm) for c in s))) for s in streams]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    remote.close()
+    assert len(heard) == voices
+    for stream, codes in zip(streams, alone, strict=False):
+        assert np.array_equal(stream.wait(5).codes, codes)  # type: ignore[arg-type]
+    for stream in streams[8:]:
+        codes = stream.wait(5).codes
+        assert codes is not None
+        again = embedded.speak(requests[streams.index(stream)])
+        list(again)
+        assert np.array_equal(again.wait().codes, codes)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_memory_is_flat_over_five_thousand_utterances(fake: FakeBackend, remote: RemoteBackend) -> None:
+    def resident() -> int:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    after_warm_up = 0
+    for i in range(5500):
+        if i == 500:
+            after_warm_up = resident()
+        stream = remote.speak(Request("Hello there.", seed=i))
+        if i % 5:
+            list(stream)
+        else:
+            stream.cancel()
+            stream.wait(10)
+        if i % 50 == 0:  # the fake keeps all it was asked for
+            fake.requests.clear()
+            fake.streams.clear()
+            fake.cancelled.clear()
+            fake._threads.clear()
+    assert resident() < 1.05 * after_warm_up
+
+
+def test_the_error_tree_is_complete_on_the_wire() -> None:
+    from pipecat_qwen3 import protocol
+
+    def tree(kind: type[TTSError]) -> set[type[TTSError]]:
+        return {kind}.union(*(tree(child) for child in kind.__subclasses__()))
+
+    assert {kind for kind in tree(TTSError) if kind.__module__.startswith("pipecat_qwen3")} == set(
+        protocol.ERRORS.values()
+    )
