@@ -181,9 +181,10 @@ class Engine:
                 self._end(u, "error", late)
 
     def _admit(self) -> None:
+        """Give rows to voices that can start; the last quarter of them only to voices with something to say."""
         for u in [u for u in self._waiting if u.can_start]:
-            if not self._free:
-                return
+            if len(self._free) <= (0 if u.has_text else self.step.rows // 4):
+                continue
             self._waiting.remove(u)
             u.row = self._free.pop()
             self._resident.append(u)
@@ -208,8 +209,11 @@ class Engine:
             u.prefilled = prompt.shared.shape[0]
 
     def _prefill(self) -> bool:
-        """One piece for the voice that has waited longest; cut at the same borders with a cached prefix and without."""
-        u = next((u for u in self._resident if not u.is_prefilled), None)
+        """One piece for the voice that has waited longest, of those with text if there are any.
+
+        Cut at the same borders with a cached prefix and without.
+        """
+        u = min((u for u in self._resident if not u.is_prefilled), key=lambda u: not u.has_text, default=None)
         if u is None or u.prompt is None or u.row is None:
             return False
         start, shared = u.prefilled, u.prompt.shared.shape[0]

@@ -226,6 +226,20 @@ async def test_the_talker_starts_at_the_first_token_and_stalls_for_the_next(embe
     assert stream.result.end == "eos"
 
 
+async def test_voices_that_wait_for_text_leave_room_for_one_that_has_some(embedded: LocalBackend) -> None:
+    async def silent() -> AsyncIterator[str]:
+        await asyncio.sleep(60)
+        yield "Too late."
+
+    idle = [embedded.speak(Request(text=silent(), seed=1)) for _ in range(2 * embedded.engine.step.rows)]
+    await asyncio.sleep(0.2)
+    speaking = embedded.speak(Request(text="Hello there.", seed=2, ahead_s=None))
+    assert [chunk async for chunk in speaking]
+    assert speaking.wait().end == "eos"
+    for stream in idle:
+        stream.cancel()
+
+
 async def test_a_text_iterator_that_fails_ends_the_voice_with_one_line(embedded: LocalBackend) -> None:
     async def text() -> AsyncIterator[str]:
         yield "Hello there my "
