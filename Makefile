@@ -90,7 +90,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(PY)
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(call quietly,the test tools,$(PIP_INSTALL) -e '.[dev]')
+	$(call quietly,the test tools,$(PIP_INSTALL) -e '.[dev,server]')
 	@touch $@
 
 $(VENV)/installed-training: $(VENV)/installed

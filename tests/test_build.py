@@ -248,8 +248,8 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert build.cache_folder() == Path("/xdg/pipecat-qwen3/kernels")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/ada")
-    assert build.cache_folder() == Path("/home/ada/.cache/pipecat-qwen3/kernels")
+    monkeypatch.setenv("HOME", "/nobody")
+    assert build.cache_folder() == Path("/nobody/.cache/pipecat-qwen3/kernels")
 
 
 # -- cubins that ship with the package ----------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_the_held_out_sentences_are_understood_in_both_voices_and_layouts(tmp_pa
     path = tmp_path / "heard.json"
     asr_loop.main(["--device", "cpu", "--dtype", "fp32", "--json", str(path)])
     figures = json.loads(path.read_text())["figures"]
-    for voice, most in {"rms": 0.25, "slt": 0.4}.items():
+    for voice, most in {"rms": 0.2, "slt": 0.35}.items():
         for layout in ("whole", "streaming"):
             found = figures[f"{voice} {layout} greedy"]
             assert found["sentences"] >= 200

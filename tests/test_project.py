@@ -61,7 +61,7 @@ def test_make_test_lints_checks_types_and_runs_the_tests() -> None:
     assert steps == sorted(steps)
 
 
-@pytest.mark.parametrize("target", ["say", "test", "test-slow", "parity", "lint", "format", "clean"])
+@pytest.mark.parametrize("target", ["say", "voice", "test", "test-slow", "parity", "cubins", "lint", "format", "clean"])
 def test_make_help_lists_every_target(target: str) -> None:
     assert re.search(rf"^make {target} +\S", make("help"), re.MULTILINE)
 
