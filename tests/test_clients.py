@@ -127,6 +127,7 @@ async def test_pipecats_openai_service_speaks_through_us(server: Process) -> Non
         base_url=f"{server.http}/v1", api_key=KEY, settings=OpenAITTSService.Settings(voice="nova")
     )
     down, errors = await speak(service, *turn(HELLO))
+    await service._client.close()  # Pipecat leaves its connection open
     assert not errors
     heard = samples(down)
     assert 0.4 < len(heard) / 24000 < 3
