@@ -60,6 +60,8 @@ help: ## this list
 # -- the virtual environment; the stamps spare a second call all of pip ---------------------------------------------
 
 SUITS = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# a variable, since a comma would end an argument of $(call …)
+FOR_TESTS = dev,server
 PIP_INSTALL = $(PY) -m pip install -q -c constraints.txt
 
 # $(call quietly,what is installed,command): pip's noise is shown only if it fails
@@ -90,7 +92,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(PY)
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(call quietly,the test tools,$(PIP_INSTALL) -e '.[dev,server]')
+	$(call quietly,the test tools,$(PIP_INSTALL) -e '.[$(FOR_TESTS)]')
 	@touch $@
 
 $(VENV)/installed-training: $(VENV)/installed
