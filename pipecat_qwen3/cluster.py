@@ -11,9 +11,9 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-import ray
+import ray  # pyright: ignore  # an extra
 from fastapi import FastAPI
-from ray import serve
+from ray import serve  # pyright: ignore  # an extra
 
 from pipecat_qwen3.errors import UnknownNameError, choices
 from pipecat_qwen3.local import LocalBackend

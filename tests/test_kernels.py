@@ -270,6 +270,22 @@ def test_a_layer_of_a_published_geometry_is_as_good_as_torch(shape: Shape) -> No
     assert_logits_are_as_good_as_torch(shape, 3, 100, blocks=6, threads=256, staged_bytes=65536)
 
 
+def test_bf16_rounds_to_the_nearest_and_ties_to_even() -> None:
+    """Values go from fp32 into the keys and values by the attention phase; here it runs alone."""
+    step = kernel_step(PLAIN, fp32=False)
+    step._tables["frame"] = torch.tensor([Phase(Op.ATTENTION, Part.TALKER, 0, 0).word], dtype=torch.int32)
+    talker = PLAIN.talker
+    bits = torch.randint(0x3E000000, 0x42000000, (64,), generator=torch.Generator().manual_seed(0))
+    bits[:48] = bits[:48] // 0x10000 * 0x10000 + torch.tensor([0x7FFF, 0x8000, 0x8001]).repeat(16)
+    values = bits.to(torch.int32).view(torch.float32) * torch.tensor([1.0, -1.0]).repeat(32)
+    raw = step._scratch["raw"].flatten()[: talker.q_size + 2 * talker.kv_size]
+    raw.fill_(1.0)
+    raw[-talker.kv_size :] = values
+    step.admit(2, torch.zeros(64, dtype=torch.bfloat16), 0, Sampling())
+    step.step([2], torch.zeros(1, 64, dtype=torch.bfloat16))
+    assert torch.equal(step.kv[0, 1, 2, :, 0].flatten(), values.bfloat16())
+
+
 # -- prefill -----------------------------------------------------------------------------------------------------------
 
 
@@ -391,6 +407,7 @@ KNOBS = [
     pytest.param((True, 0.9, 100_000, 1.0), id="top-more-than-there-are"),
     pytest.param((True, 1.0, 0, 0.8), id="top-p"),
     pytest.param((True, 1.0, 0, 0.01), id="top-p-of-one"),
+    pytest.param((True, 1.0, 0, 1e-9), id="top-p-of-nothing"),
     pytest.param((True, 1.0, 0, 0.9999), id="top-p-of-almost-all"),
     pytest.param((True, 0.9, 7, 0.5), id="both"),
 ]
@@ -430,12 +447,29 @@ def test_of_equal_logits_top_k_keeps_all_and_top_p_drops_the_first() -> None:
     assert (half.min(), half.max()) == (CODES // 2, CODES - 1)
 
 
+def test_a_random_number_between_two_codes_draws_the_upper_one() -> None:
+    flat = torch.zeros(32, CODES)
+    drawn = assert_drawn_by_the_rule(draws(flat, sampling_for(1, (True, 1.0, 0, 1.0))), 1, torch.arange(32) / 32)
+    assert drawn.tolist() == list(range(0, 64, 2))
+
+
 def test_no_random_number_draws_an_impossible_code() -> None:
-    logits = torch.full((32, CODES), float("-inf"))
-    logits[:, [7, 41]] = 1.0
+    case = draws(torch.full((32, CODES), float("-inf")), sampling_for(1, (True, 1.0, 0, 1.0)))
+    case.logits[:, [7, 41]] = 1.0
     ends = torch.tensor([0.0, 1 - 2.0**-24]).repeat(16)
-    drawn = assert_drawn_by_the_rule(draws(logits, sampling_for(1, (True, 1.0, 0, 1.0))), 1, ends)
-    assert drawn.tolist() == [7, 41] * 16
+    assert assert_drawn_by_the_rule(case, 1, ends).tolist() == [7, 41] * 16
+
+
+def test_no_rounding_of_the_partial_sums_lets_an_impossible_code_win() -> None:
+    for seed in range(12):
+        logits = random_logits(2, 1, seed)[0]
+        logits[torch.randperm(CODES, generator=torch.Generator().manual_seed(seed))[:40]] = float("-inf")
+        edges = logits.double().softmax(-1).cumsum(-1).float()[logits.isfinite()]
+        near = [edges, edges.nextafter(torch.zeros(())), edges.nextafter(torch.ones(())), edges + 6e-8, edges - 6e-8]
+        uniforms = torch.cat(near).clamp(0, 1 - 2.0**-24)
+        for some in uniforms[: len(uniforms) // 32 * 32].split(32):
+            drawn = draws(logits.expand(32, -1), sampling_for(2, (True, 1.0, 0, 1.0))).by_kernel(2, some)
+            assert logits[drawn].isfinite().all()
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
@@ -459,6 +493,23 @@ def test_speech_does_not_end_in_its_first_two_frames_and_control_ids_are_never_s
     drawn = assert_drawn_by_the_rule(case, 0)
     assert (drawn[:8] < CODES).all()
     assert (drawn[8:] == EOS).all()
+
+
+@LAUNCHERS
+def test_a_voice_that_said_eos_says_nothing_else_until_it_is_admitted_again(phases: bool) -> None:
+    step = kernel_step(PLAIN, phases=phases)
+    step._tables["frame"] = torch.tensor([Phase(Op.SAMPLE, Part.TALKER, 0, 0).word], dtype=torch.int32)
+    said = []
+    for row in (1, 3):
+        step.admit(row, torch.zeros(64), 0, sampling_for(0, (False, 1.0, 0, 1.0)))
+        step._voices[row].frame = 2
+    for likeliest in ([7, 7], [EOS, 9], [11, 11]):
+        step._scratch["logits"].zero_()
+        step._scratch["logits"][[0, 1], likeliest] = 9.0
+        said.append(step.step([1, 3], torch.zeros(2, 64))[:, 0].tolist())
+    assert said == [[7, 7], [EOS, 9], [EOS, 11]]
+    step.admit(1, torch.zeros(64), 0, sampling_for(0, (False, 1.0, 0, 1.0)))
+    assert step.step([1], torch.zeros(1, 64))[0, 0] == 11
 
 
 def test_random_numbers_are_those_of_large_seeds_and_frames() -> None:
