@@ -46,7 +46,7 @@ class _Voice:
 class KernelFrameStep(FrameStep):
     """The frame by the kernels.
 
-    Raises ValueError for a step or a prefill that does not fit, before anything is launched.
+    Raises ValueError for a step, a prefill or a tensor that does not fit, before anything is launched.
     """
 
     def __init__(
@@ -102,6 +102,8 @@ class KernelFrameStep(FrameStep):
         }
         self.report = torch.zeros(4, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.uniforms: Tensor | None = None
+        self.patience = 2_000_000_000
+        """Nanoseconds that a block waits for the others before it reports and stops the launch."""
         self._arrived = 0
         self._voices: dict[int, _Voice] = {}
 
@@ -119,7 +121,7 @@ class KernelFrameStep(FrameStep):
             **self._scratch,
         }
         args = Args(**{name: None if x is None else x.data_ptr() for name, x in tensors.items()})
-        args.patience = 2_000_000_000
+        args.patience = self.patience
         args.phases, args.positions, args.rows = len(self._tables[table]), self.positions, self.rows
         args.prefill, args.arrived = table == "prefill", self._arrived
         return args
@@ -136,7 +138,15 @@ class KernelFrameStep(FrameStep):
         if self.launcher.waits:
             self._arrived = (self._arrived + (len(self._tables[table]) - 1) * self.launcher.blocks) % 2**32
 
+    def _check(self, name: str, x: Tensor, *shape: int) -> None:
+        """Refuse a tensor that is not [shape] in the weights' dtype on their device."""
+        wanted = (shape, self.pending.dtype, self.pending.device)
+        if (found := (tuple(x.shape), x.dtype, x.device)) != wanted:
+            shapes = [f"{list(size)} in {str(dtype)[6:]} on {device}" for size, dtype, device in (wanted, found)]
+            raise ValueError(f"{name} should be {shapes[0]}, but is {shapes[1]}")
+
     def admit(self, row: int, pending: Tensor, seed: int, sampling: Sampling) -> None:
+        self._check("pending", pending, self.shape.talker.hidden)
         self._voices[row] = _Voice(0, 0, seed, sampling)
         self.pending[row] = pending
         self.history[row] = 0
@@ -165,6 +175,7 @@ class KernelFrameStep(FrameStep):
                 f"row {row} holds {self.positions} positions: {voice.position} are used and {length} more were asked "
                 "for"
             )
+        self._check("embeds", embeds, length, self.shape.talker.hidden)
         self.columns_host["row"] = -1
         used = self.columns_host[:length]
         used["row"], used["start"] = row, voice.position
@@ -184,6 +195,7 @@ class KernelFrameStep(FrameStep):
         full = [row for row, voice in zip(rows, voices, strict=True) if voice.position >= self.positions]
         if full:
             raise ValueError(f"rows {full} hold {self.positions} positions and are full")
+        self._check("text", text, n, self.shape.talker.hidden)
         self.columns_host["row"] = -1
         for column, row, voice in zip(self.columns_host, rows, voices, strict=False):
             self._fill(column, row, voice)

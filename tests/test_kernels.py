@@ -587,6 +587,13 @@ def test_misuse_is_named_before_anything_is_launched() -> None:
     step._voices[0].position = 48
     with pytest.raises(ValueError, match=r"rows \[0\] hold 48 positions and are full"):
         step.step([0], torch.zeros(1, 64))
+    step._voices[0].position = 0
+    with pytest.raises(ValueError, match=r"text should be \[1, 64\] in float32 on cpu, but is \[2, 64\]"):
+        step.step([0], torch.zeros(2, 64))
+    with pytest.raises(ValueError, match=r"embeds should be .* float32 on cpu, but is .* bfloat16"):
+        step.prefill(0, torch.zeros(3, 64, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"pending should be \[64\]"):
+        step.admit(1, torch.zeros(3), 0, Sampling())
     assert step._arrived == before
 
 

@@ -134,10 +134,11 @@ MK_DEV void keep_top_p(SampleWork& w, int count, float tail) {
     below = block_sum(w, below);
     equals = block_sum(w, equals);
     if (equals > 1 && threadIdx.x == 0) {
-        int i = 0;
-        for (; i < count; i++)
-            if (ordered(w.logits[i]) == least && (below += expf(w.logits[i] - top)) > limit) break;
-        w.answer = i;
+        for (int i = 0; i < count; i++) {
+            if (ordered(w.logits[i]) != least) continue;
+            w.answer = i;  // the last stays, whatever the limit
+            if ((below += expf(w.logits[i] - top)) > limit) break;
+        }
     }
     __syncthreads();
     int first = w.answer;
