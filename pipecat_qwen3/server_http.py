@@ -49,7 +49,9 @@ class SpeechRequest(Settings):
     model: Annotated[str | None, Field(description="The loaded model, one of OpenAI's names for it, or nothing.")] = (
         None
     )
-    voice: Annotated[str | dict[Literal["id"], str] | None, Field(description="See /v1/voices.")] = None  # type: ignore[assignment]
+    voice: Annotated[  # type: ignore[assignment]
+        str | Annotated[dict[Literal["id"], str], Field(min_length=1)] | None, Field(description="See /v1/voices.")
+    ] = None
     instructions: Annotated[str | None, Field(description="OpenAI's name of `instruct`.")] = None
     response_format: Format = "mp3"
     stream_format: Literal["audio", "sse"] = "audio"

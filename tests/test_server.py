@@ -184,6 +184,7 @@ def test_what_other_clients_call_it_is_understood(fake: FakeBackend, server: Ser
         ({"input": "x" * 5000}, "4096"),
         ({"input": 7}, "string"),
         ({"voice": "nobody"}, "nobody"),
+        ({"voice": {}}, "voice"),
         ({"model": "gpt-9"}, "gpt-9"),
         ({"response_format": "midi"}, "mp3"),
         ({"nonsense": 1}, "no field 'nonsense'"),
