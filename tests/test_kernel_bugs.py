@@ -14,14 +14,18 @@ pytestmark = pytest.mark.skipif(cucpu.unavailable() is not None, reason=cucpu.un
 
 
 @pytest.mark.parametrize("flavour", ["plain", "asan", "tsan"])
-@pytest.mark.parametrize(
-    "seed", [None, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize(
-    "shape", [pytest.param(SMALL, id="small"), pytest.param(PROJECTED, id="projected", marks=pytest.mark.slow)]
-)
-def test_nothing_is_found_in_the_kernels_as_they_are(shape: Shape, seed: int | None, flavour: cucpu.Flavour) -> None:
-    trial(shape, flavour, seed=seed)
+def test_nothing_is_found_in_the_kernels_as_they_are(flavour: cucpu.Flavour) -> None:
+    trial(SMALL, flavour)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flavour", ["plain", "asan", "tsan"])
+@pytest.mark.parametrize("order", [{}, {"seed": 1}, {"seed": 2}, {"phases": True}], ids=str)
+@pytest.mark.parametrize("shape", [SMALL, PROJECTED], ids=["small", "projected"])
+def test_nothing_is_found_in_any_order_of_blocks_nor_phase_by_phase(
+    shape: Shape, order: dict, flavour: cucpu.Flavour
+) -> None:
+    trial(shape, flavour, **order)
 
 
 @pytest.mark.parametrize(
