@@ -5,7 +5,6 @@ go on by one frame, decode the chunks that are due. Joining, leaving and cancell
 codec works beside the talker: what one tick decodes is delivered by the next, when its frame is under way.
 """
 
-import atexit
 import logging
 import threading
 import time
@@ -21,6 +20,7 @@ from megakernel.frame_step import PIECE, FrameStep
 from pipecat_qwen3.backend import End
 from pipecat_qwen3.codec_runner import CodecRunner, Samples
 from pipecat_qwen3.errors import BadRequestError, EngineError, OverloadedError, TextTimeoutError, TTSError
+from pipecat_qwen3.exits import at_exit, forget
 from pipecat_qwen3.prompt import Prompter, Voice
 from pipecat_qwen3.utterance import TEXT_TIMEOUT_S, Utterance
 
@@ -76,8 +76,7 @@ class Engine:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="pipecat-qwen3 engine", daemon=True)
         self._thread.start()
-        # A thread that is torn down inside torch at the interpreter's exit takes the process with it.
-        atexit.register(self.close)
+        at_exit(self.close)
 
     # -- any thread ------------------------------------------------------------------------------------------
 
@@ -106,7 +105,7 @@ class Engine:
         """End every voice and the thread; idempotent."""
         with self._changed:
             self._closing = True
-        atexit.unregister(self.close)
+        forget(self.close)
         self.wake()
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)

@@ -4,7 +4,6 @@ Knows a Backend and nothing of what is behind it: no torch, no talker, no socket
 """
 
 import asyncio
-import atexit
 import inspect
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import Future
@@ -30,6 +29,7 @@ from pipecat_qwen3.errors import (
     UnknownNameError,
     choices,
 )
+from pipecat_qwen3.exits import at_exit
 from pipecat_qwen3.playback import Playback, Resampler, is_spaceless
 from pipecat_qwen3.service_settings import CATEGORIES, LANGUAGES, SPOKEN_SETTINGS, Qwen3TTSSettings, as_pipecat_language
 
@@ -322,12 +322,11 @@ def _load_shared(model: str, device: str, dtype: str) -> Future[Backend]:
     thread.start()
 
     def end() -> None:
-        # A thread that is torn down inside torch at the interpreter's exit takes the process with it.
         thread.join(_EXIT_WAIT_S)
         if loading.done() and loading.exception() is None:
             loading.result().close()
 
-    atexit.register(end)
+    at_exit(end)
     return loading
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 ROOMS = {
     "megakernel": ["megakernel.*"],
-    "errors": ["pipecat_qwen3", "pipecat_qwen3.errors"],
+    "errors": ["pipecat_qwen3", "pipecat_qwen3.errors", "pipecat_qwen3.exits"],
     "backend": ["pipecat_qwen3.backend"],
     "config": ["pipecat_qwen3.config", "pipecat_qwen3.files", "pipecat_qwen3.hub"],
     "model": [
