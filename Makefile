@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PY = $(VENV)/bin/python
 
 .DEFAULT_GOAL = help
-.PHONY: say test test-slow parity voice cubins lint format clean help
+.PHONY: say test test-slow parity voice cubins dist samples lint format clean help
 
 say: $(VENV)/installed ## speak TEXT="…" into OUT=hello.wav; ARGS="--seed 7" are passed on
 	@$(PY) -m pipecat_qwen3 say -o "$$SAY_OUT" $(ARGS) -- "$$SAY_TEXT"
@@ -39,6 +39,23 @@ cubins: $(VENV)/installed-dev ## compile the kernels that a wheel brings along (
 
 voice: $(VENV)/installed-training ## train the embedded voice from nothing in WORK=build/voice (hours without a GPU), or go on with it
 	@$(PY) -m training "$(WORK)" $(ARGS)
+
+dist: $(VENV)/installed ## build the sdist and the wheel (with the kernels of `make cubins`, if made) and hear the wheel speak from a venv of its own
+	@$(PY) -m pip install -q build twine
+	rm -rf dist build/wheel
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+	$(PY) -m venv build/wheel
+	@build/wheel/bin/python -m pip install -q -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@build/wheel/bin/python -m pip install -q -c constraints.txt dist/*.whl
+	cd build && wheel/bin/pipecat-qwen3 say "Hello there." -o wheel/hello.wav
+
+samples: $(VENV)/installed ## the README's samples, into docs/samples
+	@mkdir -p docs/samples
+	@for voice in rms slt; do \
+		$(PY) -m pipecat_qwen3 say --voice $$voice --seed 7 -o docs/samples/$$voice.wav \
+			"Hello there. Your table for two is booked for half past seven. Is there anything else that I can do for you?"; \
+	done
 
 lint: $(VENV)/installed-dev ## ruff and pyright
 	$(PY) -m ruff check

@@ -283,7 +283,8 @@ class Engine:
             if u.buffered and not u.stream.cancelled:
                 groups.setdefault(len(u.buffered), []).append(u)
         for members in groups.values():
-            codes = torch.stack([torch.stack(u.buffered, -1) for u in members])
+            frames = torch.stack([frame for u in members for frame in u.buffered])  # in one launch on a GPU
+            codes = frames.unflatten(0, (len(members), -1)).mT
             samples = self.codec.decode(codes, [u.row for u in members if u.row is not None])
             for u in members:
                 u.buffered.clear()

@@ -112,7 +112,10 @@ MK_DEV u64 nanoseconds() {
 MK_DEV void pause(u32 polls) {
     if (polls > 256) __nanosleep(20);
 }
-MK_DEV void stop() { asm volatile("trap;"); }
+MK_DEV void stop() {
+    __threadfence_system();  // the report must have reached the host
+    asm volatile("trap;");
+}
 MK_DEV void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
