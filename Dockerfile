@@ -2,6 +2,8 @@
 # The CUDA libraries and the kernels' compiler come with torch's wheel; the host needs a driver and nothing else.
 FROM python:3.12-slim
 
+# Triton, which the codec's kernels are written in, builds its launcher with a C compiler.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 1000 speaker && mkdir /models && chown speaker /models
 WORKDIR /app
 COPY pyproject.toml constraints.txt README.md LICENSE ./

@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PY = $(VENV)/bin/python
 
 .DEFAULT_GOAL = help
-.PHONY: say test test-slow parity voice cubins dist samples lint format clean help
+.PHONY: say test test-slow web test-web eval parity voice cubins dist samples lint format clean help
 
 say: $(VENV)/installed ## speak TEXT="…" into OUT=hello.wav; ARGS="--seed 7" are passed on
 	@$(PY) -m pipecat_qwen3 say -o "$$SAY_OUT" $(ARGS) -- "$$SAY_TEXT"
@@ -30,6 +30,15 @@ test: lint ## lint, types, and all tests but the slow ones; ARGS="-k codec" are 
 
 test-slow: $(VENV)/installed-dev ## the tests that take minutes
 	$(PY) -m pytest -m slow $(ARGS)
+
+web: ## build the page that the bots serve (needs node)
+	cd bots/web && npm ci --ignore-scripts --no-audit --no-fund && npm run build
+
+test-web: $(VENV)/installed-dev ## talk to the page in a real Chromium; SCREENSHOTS=docs/images keeps what it looks like
+	PIPECAT_QWEN3_TEST_WEB=1 PIPECAT_QWEN3_SCREENSHOTS="$(SCREENSHOTS)" $(PY) -m pytest tests/test_page.py $(ARGS)
+
+eval: $(VENV)/installed-dev ## hold Pipecat's eval conversations with the voice agent, in real time; ARGS="--repeat 5"
+	PYTHONPATH=. $(PY) -m pipecat.evals suite bots/evals/suite.yaml $(ARGS)
 
 parity: $(VENV)/installed-dev ## compare with the official qwen-tts package, installed into a venv of its own
 	$(PY) -m tests.parity $(ARGS)
@@ -78,7 +87,7 @@ help: ## this list
 
 SUITS = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 # a variable, since a comma would end an argument of $(call …)
-FOR_TESTS = dev,server
+FOR_TESTS = dev,server,bench,bots
 PIP_INSTALL = $(PY) -m pip install -q -c constraints.txt
 
 # $(call quietly,what is installed,command): pip's noise is shown only if it fails

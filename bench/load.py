@@ -1,12 +1,14 @@
-"""How many voices a server carries: open-loop Poisson arrivals over one socket or over HTTP, at rising rates.
+"""How many voices a server carries: open-loop Poisson arrivals over one socket, at rising rates.
 
     python -m bench.load --url ws://127.0.0.1:8880/v1/audio/speech/ws --rates 0.5,1,2,4 --seconds 30
 
 Arrivals do not wait for answers (a closed loop would slow down with the server and hide its queue). Each request is
 heard as by a player without buffer: playback begins with the first sample, and a chunk that comes after all before it
 has been played is an underrun. First byte, which is whole samples and so the first playable one too, and first audible
-sample are counted from the moment at which the request was due. Prints the saturation curve and writes its samples
-(JSON) and a plot (SVG) to bench/results.
+sample are counted from the moment at which the request was due. Prints the floor first, which is the same requests one
+at a time, then the saturation curve, and writes all samples (JSON) and a plot (SVG) to bench/results.
+
+A run takes 7 requests to warm, 14 for the floor, and the seconds of each rate until its last answer.
 """
 
 import argparse
@@ -100,6 +102,12 @@ async def run_rate(backend: RemoteBackend, rate: float, seconds: float, seed: in
     return [await task for task in tasks]
 
 
+async def run_alone(backend: RemoteBackend, seed: int) -> list[Heard]:
+    """Every text twice, one after the other: what no load can beat."""
+    began = time.perf_counter()
+    return [await listen(backend, text, seed + i, time.perf_counter(), began) for i, text in enumerate(TEXTS * 2)]
+
+
 def percentile(values: list[float], share: float) -> float:
     """Nearest rank."""
     ranked = sorted(values)
@@ -126,6 +134,21 @@ def summary(rate: float, answers: list[Heard]) -> dict[str, float]:
     }
 
 
+def line(name: str, point: dict[str, float]) -> str:
+    """A point of the curve as a row of the table."""
+    return (
+        f"{name:>6} {point['requests']:4.0f} {point['completed']:5.0%} "
+        f"{point['first_byte_p50']:6.0f}/{point['first_byte_p95']:<7.0f} "
+        f"{point['first_audible_p50']:7.0f}/{point['first_audible_p95']:<8.0f} "
+        f"{point['with_underruns']:9.0%} {point['audio_seconds_a_second']:9.2f}"
+    )
+
+
+def finite(point: dict[str, float]) -> dict[str, float | None]:
+    """The same for JSON, which has no NaN: what nobody reached is null."""
+    return {name: value if math.isfinite(value) else None for name, value in point.items()}
+
+
 def plot(points: list[dict[str, float]], path: Path) -> None:
     """First byte and first audible sample (p50, p95) over the rate, logarithmic, as SVG."""
     lines = (
@@ -135,6 +158,8 @@ def plot(points: list[dict[str, float]], path: Path) -> None:
         ("first_audible_p95", "first audible p95", "#d62728", "6 4"),
     )
     values = [p[name] for p in points for name, *_ in lines if math.isfinite(p[name]) and p[name] > 0]
+    if not values:
+        return
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     most = max(p["rate"] for p in points)
 
@@ -172,29 +197,30 @@ async def main() -> None:
     backend = await asyncio.to_thread(RemoteBackend.open, args.url, api_key=args.api_key)
     for text in TEXTS:
         await listen(backend, text, 0, time.perf_counter(), 0.0)  # warm caches of prefixes and of connections
-    points, raw = [], {}
     print(
         f"{'req/s':>6} {'n':>4} {'done':>5} {'byte p50/p95':>14} {'audible p50/p95':>16} "
         f"{'underruns':>9} {'audio s/s':>9}"
     )
+    alone = await run_alone(backend, args.seed)
+    print(line("alone", summary(0.0, alone)), flush=True)
+    points, raw = [], {}
     for rate in (float(part) for part in args.rates.split(",")):
         answers = await run_rate(backend, rate, args.seconds, args.seed)
-        point = summary(rate, answers)
-        points.append(point)
+        points.append(summary(rate, answers))
         raw[f"{rate:g}"] = [asdict(h) for h in answers]
-        print(
-            f"{rate:6g} {point['requests']:4.0f} {point['completed']:5.0%} "
-            f"{point['first_byte_p50']:6.0f}/{point['first_byte_p95']:<7.0f} "
-            f"{point['first_audible_p50']:7.0f}/{point['first_audible_p95']:<8.0f} "
-            f"{point['with_underruns']:9.0%} {point['audio_seconds_a_second']:9.2f}",
-            flush=True,
-        )
+        print(line(f"{rate:g}", points[-1]), flush=True)
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     path = RESULTS / f"load-{Path(backend.model).name}-{stamp}.json"
     settings = {**vars(args), "model": backend.model}
     settings.pop("api_key")
-    run = {"machine": facts(torch.device("cpu")), "settings": settings, "points": points, "requests": raw}
-    path.write_text(json.dumps(run, indent=1))
+    run = {
+        "machine": facts(torch.device("cpu")),
+        "settings": settings,
+        "floor": finite(summary(0.0, alone)),
+        "points": [finite(point) for point in points],
+        "requests": {"alone": [asdict(h) for h in alone], **raw},
+    }
+    path.write_text(json.dumps(run) + "\n")
     plot(points, path.with_suffix(".svg"))
     print(path)
     await asyncio.to_thread(backend.close)

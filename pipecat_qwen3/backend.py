@@ -43,6 +43,7 @@ class Request:
     ramp        frames of the 1st, 2nd, … chunk; the last value goes on
     ahead_s     run at most so many seconds ahead of the playback; None for files: no limit
     skip_silence drop leading silence, told in Result.skipped_samples
+    lead_s      seconds of earlier speech that the listener still has to hear first: they count as run ahead
     """
 
     text: str | AsyncIterator[str]
@@ -63,6 +64,37 @@ class Request:
     ramp: tuple[int, ...] = (1, 1, 2, 4, 8)
     ahead_s: float | None = 10.0
     skip_silence: bool = False
+    lead_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a server aims at.
+
+    ramp      chunk sizes where a client names none: sound at once, or few and large calls of the codec
+    ahead_s   seconds ahead of the playback where a client names none: a deep buffer uses idle moments
+    prefills  pieces of new voices' prompts, of 16 positions each, that may be read between two frames: that long the
+              voices that speak wait
+    """
+
+    ramp: tuple[int, ...]
+    ahead_s: float
+    prefills: int
+
+
+PROFILES = {
+    "latency": Profile(ramp=(1, 1, 2, 4, 8), ahead_s=10.0, prefills=1),
+    "throughput": Profile(ramp=(4, 8, 16), ahead_s=30.0, prefills=8),
+}
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy an engine is: rows that voices hold, of how many, and voices that wait for one."""
+
+    rows: int
+    used: int
+    waiting: int
 
 
 @dataclass(frozen=True)
@@ -256,4 +288,14 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """End every voice and free everything; idempotent."""
+        ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A Backend that knows how busy it is."""
+
+    @property
+    def load(self) -> Load:
+        """Now."""
         ...

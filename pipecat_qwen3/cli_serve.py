@@ -4,7 +4,7 @@ import contextlib
 import os
 from argparse import Namespace
 
-from pipecat_qwen3.backend import Backend
+from pipecat_qwen3.backend import PROFILES, Backend
 from pipecat_qwen3.errors import TTSError
 
 KEY = "PIPECAT_QWEN3_API_KEY"
@@ -18,7 +18,7 @@ def run(args: Namespace) -> int:
         return cluster.run(args)
     from pipecat_qwen3 import server_log, server_run
     from pipecat_qwen3.server import create_app
-    from pipecat_qwen3.server_speaker import LATENCY, THROUGHPUT, Limits, Speaker
+    from pipecat_qwen3.server_speaker import Limits, Speaker
 
     server_log.set_up()
     limits = Limits(connections=args.max_connections)
@@ -27,10 +27,15 @@ def run(args: Namespace) -> int:
         from pipecat_qwen3.local import LocalBackend
 
         return LocalBackend.open(
-            args.model, max_batch=args.max_batch, device=args.device, dtype=args.dtype, backend=args.backend
+            args.model,
+            max_batch=args.max_batch,
+            device=args.device,
+            dtype=args.dtype,
+            backend=args.backend,
+            profile=args.profile,
         )
 
-    speaker = Speaker(load, limits, THROUGHPUT if args.profile == "throughput" else LATENCY)
+    speaker = Speaker(load, limits, PROFILES[args.profile])
     with contextlib.closing(server_run.listen(args.host, args.port, limits.write_s)) as listener:
         host, port = listener.getsockname()[:2]
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)

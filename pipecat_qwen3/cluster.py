@@ -15,11 +15,12 @@ import ray  # pyright: ignore  # an extra
 from fastapi import FastAPI
 from ray import serve  # pyright: ignore  # an extra
 
+from pipecat_qwen3.backend import PROFILES
 from pipecat_qwen3.errors import UnknownNameError, choices
 from pipecat_qwen3.local import LocalBackend
 from pipecat_qwen3.server import create_app
 from pipecat_qwen3.server_log import set_up
-from pipecat_qwen3.server_speaker import LATENCY, THROUGHPUT, Limits, Speaker
+from pipecat_qwen3.server_speaker import Limits, Speaker
 
 NAME = "pipecat-qwen3"
 KEY = "PIPECAT_QWEN3_API_KEY"
@@ -51,10 +52,9 @@ class Replica:
     def __init__(self, options: Mapping[str, Any]) -> None:
         """Load the model."""
         set_up()
-        names = ("max_batch", "device", "dtype", "backend")
+        names = ("max_batch", "device", "dtype", "backend", "profile")
         self._backend = LocalBackend.open(options["model"], **{name: options[name] for name in names})
-        ramp = THROUGHPUT if options["profile"] == "throughput" else LATENCY
-        _here.append(Speaker(lambda: self._backend, LIMITS, ramp))
+        _here.append(Speaker(lambda: self._backend, LIMITS, PROFILES[options["profile"]]))
 
     def check_health(self) -> None:
         """Raise if the engine is dead, so that Ray starts another replica."""

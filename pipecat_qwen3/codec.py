@@ -7,6 +7,9 @@ streams. Neither remembers anything of a voice. All arithmetic is fp32.
 from __future__ import annotations
 
 import copy
+import logging
+import os
+import shutil
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,8 @@ from pipecat_qwen3.codec_stream import block, conv, linear, transformer, upsampl
 from pipecat_qwen3.codec_torch import TorchPass
 from pipecat_qwen3.config import CodecConfig
 from pipecat_qwen3.errors import BadRequestError
+
+logger = logging.getLogger(__name__)
 
 
 class CodecDecoder(nn.Module):
@@ -157,6 +162,9 @@ def _passes(device: torch.device, tf32: bool) -> type[TorchPass]:
         try:
             from pipecat_qwen3.codec_triton import Tf32Pass, TritonPass
         except ImportError:  # torch comes without Triton outside Linux
+            return TorchPass
+        if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+            logger.warning("the codec runs without its Triton kernels, which need a C compiler: install gcc, or set CC")
             return TorchPass
         return Tf32Pass if tf32 else TritonPass
     return TorchPass

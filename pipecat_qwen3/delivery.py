@@ -29,6 +29,7 @@ class Delivery:
         self._stream, self._words = stream, words
         self._ramp, self._skip = request.ramp, request.skip_silence
         self._live = request.ahead_s is not None
+        self._led_until = time.monotonic() + request.lead_s
         self.chunks = 0
         """Chunks that have been given to the codec."""
         self._frames = 0
@@ -39,10 +40,13 @@ class Delivery:
         """Seconds of silence at the end of what was decoded so far."""
 
     def ahead(self, frames: int) -> float:
-        """Seconds by which `frames` spoken frames lead the playback, which runs from when the first chunk was taken."""
-        taken = self._stream.first_taken_at
-        played = time.monotonic() - taken - self._dry_s if taken is not None else 0.0
-        return frames * FRAME_SECONDS - self.skipped / SAMPLE_RATE - played
+        """Seconds by which `frames` spoken frames lead the playback.
+
+        That runs from when the first chunk was taken, or from the end of the speech that is heard before this one.
+        """
+        now, taken = time.monotonic(), self._stream.first_taken_at
+        heard_from = max(now if taken is None else taken, self._led_until)
+        return frames * FRAME_SECONDS - self.skipped / SAMPLE_RATE + self._dry_s + heard_from - now
 
     def due(self, buffered: int, frames: int, frame_cost_s: float) -> bool:
         """Whether `buffered` frames make the next chunk, so that all of them are to be decoded now.

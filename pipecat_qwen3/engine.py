@@ -1,6 +1,6 @@
 """Utterances in, audio on their streams out: many voices advance together, one frame a tick, on one thread.
 
-A tick: take in text and cancels, admit voices to free rows, prefill at most one piece, advance every voice that can
+A tick: take in text and cancels, admit voices to free rows, prefill a few pieces, advance every voice that can
 go on by one frame, decode the chunks that are due. Joining, leaving and cancelling happen between frames. On a GPU the
 codec works beside the talker: what one tick decodes is delivered by the next, when its frame is under way.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megakernel.frame_step import PIECE, FrameStep
-from pipecat_qwen3.backend import End
+from pipecat_qwen3.backend import End, Load
 from pipecat_qwen3.codec_runner import CodecRunner, Samples
 from pipecat_qwen3.errors import BadRequestError, EngineError, OverloadedError, TextTimeoutError, TTSError
 from pipecat_qwen3.exits import at_exit, forget
@@ -51,6 +51,7 @@ class Engine:
 
     step      the resident voices; codec: the decoder with its memory, one row for each of step's rows
     waiting   utterances that may queue for a row; more are refused with OverloadedError
+    prefills  pieces of prompts that may be read between two frames
     threads   torch threads of the engine's work on a CPU; None leaves the process's setting alone
     """
 
@@ -60,10 +61,11 @@ class Engine:
         codec: CodecRunner,
         prompter: Prompter,
         waiting: int = 256,
+        prefills: int = 1,
         threads: int | None = None,
     ) -> None:
         self.step, self.codec, self.prompter = step, codec, prompter
-        self._max_waiting, self._threads = waiting, threads
+        self._max_waiting, self._prefills, self._threads = waiting, prefills, threads
         self._inbox: deque[Utterance] = deque()
         self._waiting: deque[Utterance] = deque()
         self._resident: list[Utterance] = []
@@ -84,6 +86,12 @@ class Engine:
     def alive(self) -> bool:
         """False once closed or dead."""
         return self._thread.is_alive() and not self._closing
+
+    @property
+    def load(self) -> Load:
+        """How busy the engine is."""
+        free = len(self._free)
+        return Load(self.step.rows, self.step.rows - free, len(self._inbox) + len(self._waiting))
 
     def submit(self, utterance: Utterance) -> None:
         """Queue an utterance and return at once. Raises OverloadedError or EngineError."""
@@ -147,7 +155,9 @@ class Engine:
             self._inbox.clear()
         self._take_in()
         self._admit()
-        prefilled = self._prefill()
+        pieces = 0
+        while pieces < self._prefills and self._prefill():
+            pieces += 1
         self._deliver(wait=False)
         ready = self._ready()
         self._hand_over([u for u in self._resident if u not in ready])
@@ -158,7 +168,7 @@ class Engine:
             self._frame_cost_s += 0.1 * (time.monotonic() - started - self._frame_cost_s)
         else:
             self._deliver(wait=True)
-        return prefilled or bool(ready)
+        return bool(pieces or ready)
 
     def _take_in(self) -> None:
         """Read every voice's inbox; end those that were cancelled, failed, or ran out of patience."""

@@ -60,6 +60,18 @@ class TextTimeoutError(TTSError):
     code = "text_timeout"
 
 
+class ConnectionFailedError(TTSError):
+    """The server cannot be reached, or the connection broke while a voice was speaking."""
+
+    code = "connection"
+
+
+class UnauthorizedError(TTSError):
+    """The server wants another API key."""
+
+    code = "unauthorized"
+
+
 class EngineError(TTSError):
     """The engine failed, or was closed, while a voice was speaking."""
 

@@ -12,13 +12,13 @@ import torch
 
 from megakernel.choose import UnavailableError, choose, make_step
 from megakernel.sampler import Sampling
-from pipecat_qwen3.backend import Layout, Request, Stream
+from pipecat_qwen3.backend import PROFILES, Layout, Load, Request, Stream
 from pipecat_qwen3.checkpoint import EMBEDDED, Checkpoint
 from pipecat_qwen3.codec_runner import open_codec
 from pipecat_qwen3.config import Generation
 from pipecat_qwen3.device import pick_device, pick_dtype
 from pipecat_qwen3.engine import Engine
-from pipecat_qwen3.errors import BackendError, BadRequestError, TTSError
+from pipecat_qwen3.errors import BackendError, BadRequestError, TTSError, UnknownNameError, choices
 from pipecat_qwen3.prompt import Prompter, resolve_voice
 from pipecat_qwen3.talker import decode_weights
 from pipecat_qwen3.text import TextStream, encode
@@ -27,6 +27,9 @@ from pipecat_qwen3.words import Rate
 
 MAX_POSITIONS = 4096
 """Compile limit of the kernels; a row of the 0.6B talker takes 470 MB of KV at that length."""
+
+MAX_LEAD_S = 3600.0
+"""Nobody has to hear more than so many seconds before an utterance."""
 
 FRAMES_PER_TOKEN = 3
 """Speech takes at least about so many frames a text token: what a request must find room for."""
@@ -50,6 +53,7 @@ class LocalBackend:
         dtype: torch.dtype,
         backend: str,
         positions: int,
+        profile: str,
         progress: Callable[[str], None],
     ) -> None:
         began = time.monotonic()
@@ -78,7 +82,8 @@ class LocalBackend:
         ids = self.config.ids
         role = [ids.im_start, ids.assistant, *encode(self.tokenizer, "\n")]
         prompter = Prompter(self.config, text_table, codec_table, role)
-        self.engine = Engine(step, codec, prompter, threads=1 if small else None)
+        prefills = PROFILES[profile].prefills
+        self.engine = Engine(step, codec, prompter, prefills=prefills, threads=1 if small else None)
         progress("warming")
         try:
             self._warm()
@@ -97,6 +102,7 @@ class LocalBackend:
         dtype: str = "auto",
         backend: str = "auto",
         positions: int = 1024,
+        profile: str = "latency",
         progress: Callable[[str], None] | None = None,
     ) -> Self:
         """Load and warm a checkpoint; blocks for seconds.
@@ -106,6 +112,7 @@ class LocalBackend:
         device     "auto" | "cpu" | "cuda"; dtype "auto" | "bf16" | "fp32"
         backend    "auto" | "persistent" | "graph" | "torch"
         positions  prompt and frames that one voice can hold, up to 4096
+        profile    "latency", or "throughput" for many voices at once: how much may be read between two frames
         progress   called with what is being done
 
         Raises TTSError: CheckpointError, DownloadError, UnknownNameError, or BackendError for a device, dtype or
@@ -115,6 +122,8 @@ class LocalBackend:
             raise BadRequestError(f"max_batch should be an integer in 1..32, but is {max_batch!r}")
         if not _is_integer(positions) or not 64 <= positions <= MAX_POSITIONS:
             raise BadRequestError(f"positions should be an integer in 64..{MAX_POSITIONS}, but is {positions!r}")
+        if profile not in PROFILES:
+            raise UnknownNameError(f"profile should be one of {choices(PROFILES)}, but is {profile!r}")
         where = pick_device(device)
         number_format = pick_dtype(dtype, where)
         if where.type == "cuda":
@@ -127,6 +136,7 @@ class LocalBackend:
             dtype=number_format,
             backend=backend,
             positions=positions,
+            profile=profile,
             progress=progress or (lambda _: None),
         )
 
@@ -156,6 +166,11 @@ class LocalBackend:
     def languages(self) -> tuple[str, ...]:
         """Languages, without "auto"."""
         return tuple(self.config.languages)
+
+    @property
+    def load(self) -> Load:
+        """How busy the engine is."""
+        return self.engine.load
 
     @property
     def ready(self) -> bool:
@@ -295,6 +310,8 @@ def _check(request: Request) -> None:
         raise BadRequestError(f"ramp should hold chunk sizes of at least one frame, but is {request.ramp}")
     if request.ahead_s is not None and not (isinstance(request.ahead_s, int | float) and request.ahead_s > 0):
         raise BadRequestError(f"ahead_s should be a number above 0, or None, but is {request.ahead_s!r}")
+    if not (isinstance(request.lead_s, int | float) and 0 <= request.lead_s <= MAX_LEAD_S):
+        raise BadRequestError(f"lead_s should be a number from 0 to {MAX_LEAD_S:g}, but is {request.lead_s!r}")
     for name in ("voice", "language", "instruct"):
         value = getattr(request, name)
         if value is not None and not isinstance(value, str):

@@ -4,11 +4,12 @@ Knows no socket and no engine. Time counts from the arrival of the request.
 """
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from pipecat_qwen3.backend import SAMPLE_RATE, Chunk, Result
+from pipecat_qwen3.backend import SAMPLE_RATE, Chunk, Load, Result
 from pipecat_qwen3.errors import TTSError
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -56,6 +57,15 @@ class Metrics:
         self.waiting = Gauge(name("voices_waiting"), "Utterances without a first sample yet", registry=registry)
         self.connections = Gauge(name("connections"), "Open requests and sockets", registry=registry)
         self.ready = Gauge(name("ready"), "1 when warm", registry=registry)
+        self._slots = Gauge(name("slots"), "Voices that the engine can hold", registry=registry)
+        self._slots_used = Gauge(name("slots_used"), "Voices that it holds", registry=registry)
+        self._queue = Gauge(name("queue"), "Voices that wait for a slot", registry=registry)
+
+    def follow(self, load: Callable[[], Load]) -> None:
+        """Ask how busy the engine is whenever somebody looks."""
+        self._slots.set_function(lambda: load().rows)
+        self._slots_used.set_function(lambda: load().used)
+        self._queue.set_function(lambda: load().waiting)
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""

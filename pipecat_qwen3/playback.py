@@ -45,6 +45,11 @@ class Playback:
         self.end = start + samples / SAMPLE_RATE
         return start
 
+    @property
+    def lead_s(self) -> float:
+        """Seconds of audio that were handed over and have not been heard."""
+        return 0.0 if self.began is None else max(0.0, self.began + self.end - monotonic())
+
     def words_of(self, chunk: Chunk) -> list[tuple[str, float]]:
         """Append a chunk; returns its words with their seconds in the context. The last chunk may be words alone."""
         utterance = self.place(len(chunk.pcm)) - chunk.first_sample / SAMPLE_RATE

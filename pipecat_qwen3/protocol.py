@@ -16,11 +16,13 @@ from pipecat_qwen3.errors import (
     BackendError,
     BadRequestError,
     CheckpointError,
+    ConnectionFailedError,
     DownloadError,
     EngineError,
     OverloadedError,
     TextTimeoutError,
     TTSError,
+    UnauthorizedError,
     UnknownNameError,
 )
 
@@ -31,18 +33,6 @@ SUBPROTOCOL = f"pipecat-qwen3.v{VERSION}"
 
 MAX_CONTEXT_ID = 64
 """Bytes of a context id in UTF-8."""
-
-
-class ConnectionFailedError(TTSError):
-    """The server cannot be reached, or the connection broke while a voice was speaking."""
-
-    code = "connection"
-
-
-class UnauthorizedError(TTSError):
-    """The server wants another API key."""
-
-    code = "unauthorized"
 
 
 ERRORS: dict[str, type[TTSError]] = {
@@ -90,6 +80,7 @@ class Settings(BaseModel):
     ramp: Ramp | None = None
     ahead_s: float | None = 10.0
     skip_silence: bool = False
+    lead_s: float = Field(0.0, ge=0, le=3600)
 
 
 SETTINGS = tuple(Settings.model_fields)
@@ -107,8 +98,9 @@ class Text(Settings):
     codes: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """The settings as keyword arguments of a Request."""
-        return {name: getattr(self, name) for name in SETTINGS}
+        """The settings as keyword arguments of a Request; without ahead_s if nothing was said of it."""
+        said = [name for name in SETTINGS if name != "ahead_s" or name in self.model_fields_set]
+        return {name: getattr(self, name) for name in said}
 
 
 class Flush(BaseModel):

@@ -24,8 +24,7 @@ from websockets.exceptions import InvalidStatus, WebSocketException
 
 from pipecat_qwen3 import protocol
 from pipecat_qwen3.backend import Chunk, Request, Result, Stream
-from pipecat_qwen3.errors import BadRequestError, EngineError, TTSError
-from pipecat_qwen3.protocol import ConnectionFailedError, UnauthorizedError
+from pipecat_qwen3.errors import BadRequestError, ConnectionFailedError, EngineError, TTSError, UnauthorizedError
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipecat_qwen3.protocol import UnauthorizedError
+from pipecat_qwen3.errors import UnauthorizedError
 from pipecat_qwen3.server_http import failure, refusal
 from pipecat_qwen3.server_log import request_id
 from pipecat_qwen3.server_speaker import Speaker

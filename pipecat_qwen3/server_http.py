@@ -24,9 +24,10 @@ from pipecat_qwen3.errors import (
     OverloadedError,
     TextTimeoutError,
     TTSError,
+    UnauthorizedError,
     UnknownNameError,
 )
-from pipecat_qwen3.protocol import SETTINGS, Settings, UnauthorizedError
+from pipecat_qwen3.protocol import SETTINGS, Settings
 from pipecat_qwen3.server_speaker import OPENAI_MODELS, Speaker, Voice
 
 logger = logging.getLogger(__name__)

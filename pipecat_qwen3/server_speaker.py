@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipecat_qwen3.backend import Backend, Chunk, Request, Result, Stream
-from pipecat_qwen3.errors import EngineError, OverloadedError, TTSError
+from pipecat_qwen3.backend import PROFILES, Backend, Chunk, Load, Measured, Profile, Request, Result, Stream
+from pipecat_qwen3.errors import BadRequestError, EngineError, OverloadedError, TTSError
 from pipecat_qwen3.metrics import Metrics, Watch
 
 logger = logging.getLogger(__name__)
@@ -25,10 +25,6 @@ OPENAI_VOICES = (
 
 OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
 """Model names that such clients send; they mean whatever is loaded."""
-
-
-LATENCY, THROUGHPUT = (1, 1, 2, 4, 8), (4, 8, 16)
-"""Chunk sizes in frames of the two profiles: sound at once, or few and large calls of the codec."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +95,11 @@ class Speaker:
     """The one backend of this process, loading or warm.
 
     load  opens the backend; called in a thread of its own by `start`
-    ramp  sizes of the chunks, where a client names none
+    profile  what it aims at: chunk sizes and credit, where a client names none
     """
 
     def __init__(
-        self, load: Callable[[], Backend], limits: Limits | None = None, ramp: tuple[int, ...] = LATENCY
+        self, load: Callable[[], Backend], limits: Limits | None = None, profile: Profile = PROFILES["latency"]
     ) -> None:
         self.limits = limits or Limits()
         self.on_failure: Callable[[], None] = lambda: None
@@ -111,11 +107,12 @@ class Speaker:
         self.draining = False
         self.failure: Exception | None = None
         self.on_drain: set[Callable[[], Awaitable[None]]] = set()
-        self._load, self._ramp = load, ramp
+        self._load, self._profile = load, profile
         self._backend: Backend | None = None
         self._voices: set[Voice] = set()
         self._thread: threading.Thread | None = None
         self.metrics.ready.set_function(lambda: float(self.ready))
+        self.metrics.follow(self._engine_load)
 
     def start(self) -> None:
         """Begin to load; a failure is kept in `failure`, and `on_failure` is called from the loading thread."""
@@ -181,9 +178,18 @@ class Speaker:
         return {name: ours[i % len(ours)] if ours else None for i, name in enumerate(OPENAI_VOICES)}
 
     def request(self, text: Any, settings: Mapping[str, Any]) -> Request:
-        """A Request of a text and settings under a Request's names, with the voice's alias resolved."""
-        voice, ramp = self.voice_name(settings.get("voice")), settings.get("ramp") or self._ramp
-        return Request(text, **{**settings, "voice": voice, "ramp": ramp})
+        """A Request of a text and settings under a Request's names, with the voice's alias resolved.
+
+        What is missing is the profile's choice. Raises BadRequestError for an instruction longer than a text may be.
+        """
+        if len(settings.get("instruct") or "") > self.limits.text:
+            raise BadRequestError(f"instruct should have at most {self.limits.text} characters")
+        voice, ramp = self.voice_name(settings.get("voice")), settings.get("ramp") or self._profile.ramp
+        return Request(text, **{"ahead_s": self._profile.ahead_s, **settings, "voice": voice, "ramp": ramp})
+
+    def _engine_load(self) -> Load:
+        """What the engine says of itself; nothing of one that is not loaded, or that is somewhere else."""
+        return self._backend.load if isinstance(self._backend, Measured) else Load(0, 0, 0)
 
     async def drain(self) -> None:
         """Take nothing new, and return when every voice has ended or `drain_s` has passed."""

@@ -16,10 +16,12 @@ from pipecat_qwen3.errors import (
     BackendError,
     BadRequestError,
     CheckpointError,
+    ConnectionFailedError,
     DownloadError,
     OverloadedError,
     TextTimeoutError,
     TTSError,
+    UnauthorizedError,
     UnknownNameError,
 )
 
@@ -45,6 +47,8 @@ CATEGORIES: tuple[tuple[type[TTSError], ErrorCategory], ...] = (
     (TextTimeoutError, ErrorCategory.APPLICATION),
     (OverloadedError, ErrorCategory.RATE_LIMIT),
     (DownloadError, ErrorCategory.CONNECTIVITY),
+    (ConnectionFailedError, ErrorCategory.CONNECTIVITY),
+    (UnauthorizedError, ErrorCategory.AUTHENTICATION),
     (CheckpointError, ErrorCategory.INVALID_REQUEST),
     (BackendError, ErrorCategory.INVALID_REQUEST),
     (TTSError, ErrorCategory.SERVER),
@@ -54,7 +58,7 @@ CATEGORIES: tuple[tuple[type[TTSError], ErrorCategory], ...] = (
 
 @dataclass
 class Qwen3TTSSettings(TTSSettings):
-    """What may change while the bot talks; a change acts from the next sentence on.
+    """What may change while the bot talks; a change acts from the next sentence, or in TOKEN mode the next token, on.
 
     None means: what the checkpoint's own files say.
 

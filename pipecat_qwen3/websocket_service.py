@@ -4,20 +4,17 @@ import asyncio
 from typing import Any
 
 from pipecat.processors.frame_processor import FrameProcessorSetup
-from pipecat.services.tts_service import TextAggregationMode
-from pipecat.utils.errors import ErrorCategory
 
 from pipecat_qwen3.backend import SAMPLE_RATE
 from pipecat_qwen3.errors import TTSError, UnknownNameError, choices
-from pipecat_qwen3.protocol import ConnectionFailedError, UnauthorizedError
 from pipecat_qwen3.remote import RemoteBackend
 from pipecat_qwen3.service_settings import Qwen3TTSSettings
-from pipecat_qwen3.service_tokens import TokenTTSService
+from pipecat_qwen3.service_speech import SpeechService
 
 URL = "ws://127.0.0.1:8880/v1/audio/speech/ws"
 
 
-class Qwen3WebsocketTTSService(TokenTTSService):
+class Qwen3WebsocketTTSService(SpeechService):
     """Speaks through a `pipecat-qwen3 serve` somewhere else.
 
     Everything else is as in `Qwen3TTSService`: sentences or tokens, word times, interruptions, settings. A lost
@@ -31,8 +28,6 @@ class Qwen3WebsocketTTSService(TokenTTSService):
         tts = Qwen3WebsocketTTSService(url="ws://gpu.local:8880/v1/audio/speech/ws", api_key=key)
     """
 
-    Settings = Qwen3TTSSettings
-
     def __init__(
         self,
         *,
@@ -40,8 +35,7 @@ class Qwen3WebsocketTTSService(TokenTTSService):
         api_key: str | None = None,
         sample_rate: int | None = SAMPLE_RATE,
         skip_silence: bool = True,
-        text_aggregation_mode: TextAggregationMode | None = None,
-        settings: Settings | None = None,
+        settings: Qwen3TTSSettings | None = None,
         **kwargs: Any,
     ) -> None:
         """Connect to nothing yet; `setup` does.
@@ -51,23 +45,22 @@ class Qwen3WebsocketTTSService(TokenTTSService):
             api_key: What the server has in PIPECAT_QWEN3_API_KEY.
             sample_rate: Rate of the frames in Hz; None takes the pipeline's.
             skip_silence: Drop the silence before the first word of a turn.
-            text_aggregation_mode: SENTENCE, or TOKEN to speak while the language model still writes.
             settings: What may change at runtime, see `Qwen3TTSSettings`. The server decides the model.
-            **kwargs: Options of Pipecat's `TTSService`.
+            **kwargs: Options of Pipecat's `TTSService`, text_aggregation_mode among them.
 
         Raises:
             BadRequestError: For a URL that is none.
             UnknownNameError: For an option that does not exist.
         """
-        if local := kwargs.keys() & {"model", "device", "dtype"}:
+        if local := kwargs.keys() & {"model", "backend", "device", "dtype"}:
             raise UnknownNameError(f"the server decides {choices(sorted(local))}; leave it out here")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._remote = RemoteBackend(url, api_key=api_key, on_change=self._connection_changed)
         super().__init__(
+            model=url,
             backend=self._remote,
             sample_rate=sample_rate,
             skip_silence=skip_silence,
-            text_aggregation_mode=text_aggregation_mode,
             settings=settings,
             **kwargs,
         )
@@ -101,10 +94,3 @@ class Qwen3WebsocketTTSService(TokenTTSService):
             await self._call_event_handler("on_disconnected")
             await self._call_event_handler("on_connection_error", str(error))
             await self.push_error(f"Qwen3-TTS has no server: {error}", exception=error)
-
-    def _classify_error(self, exception: Exception) -> ErrorCategory | None:
-        if isinstance(exception, ConnectionFailedError):
-            return ErrorCategory.CONNECTIVITY
-        if isinstance(exception, UnauthorizedError):
-            return ErrorCategory.AUTHENTICATION
-        return super()._classify_error(exception)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipecat_qwen3.backend import FRAME_SAMPLES, Backend, Request, Stream
+from pipecat_qwen3.backend import FRAME_SAMPLES, Backend, Chunk, Load, Request, Stream
 from pipecat_qwen3.codec_runner import Samples
+from pipecat_qwen3.delivery import Delivery
 from pipecat_qwen3.errors import (
     BackendError,
     BadRequestError,
@@ -24,6 +25,7 @@ from pipecat_qwen3.errors import (
     UnknownNameError,
 )
 from pipecat_qwen3.local import LocalBackend
+from pipecat_qwen3.words import Rate, WordTimes
 
 SENTENCES = [
     "Hello there. How can I help you today?",
@@ -160,6 +162,73 @@ def test_run_ahead_is_limited_by_the_playback(embedded: LocalBackend) -> None:
     for _ in iterator:
         pass
     assert stream.wait().end == "eos"
+
+
+def test_what_the_listener_has_still_to_hear_counts_as_run_ahead(embedded: LocalBackend) -> None:
+    begun = time.monotonic()
+    stream = embedded.speak(Request(text=SENTENCES[5], seed=3, ahead_s=0.4, lead_s=1.0))
+    next(iter(stream))
+    assert time.monotonic() - begun >= 0.6
+    assert stream.wait(10).end == "eos"
+
+
+def test_the_playback_begins_behind_the_speech_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    stream = Stream()
+    delivery = Delivery(stream, Request("", lead_s=2.0, ahead_s=10.0), WordTimes(Rate()))
+    assert delivery.ahead(10) == pytest.approx(2.8)
+    stream.put(Chunk(np.zeros(FRAME_SAMPLES, np.int16), 0))
+    next(iter(stream))
+    now[0] = 101.5
+    assert delivery.ahead(10) == pytest.approx(1.3)
+    now[0] = 102.5  # half a second of it has been heard
+    assert delivery.ahead(10) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("profile", "most"), [("latency", 1), ("throughput", 8)])
+def test_a_profile_says_how_much_may_be_read_between_two_frames(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, profile: str, most: int
+) -> None:
+    backend = LocalBackend.open(str(tiny()), device="cpu", dtype="fp32", max_batch=8, profile=profile)
+    step, done = backend.engine.step, ""
+    prefill, advance = step.prefill, step.step
+
+    def reading(*arguments):
+        nonlocal done
+        done += "p"
+        prefill(*arguments)
+
+    def speaking(*arguments):
+        nonlocal done
+        done += "s"
+        return advance(*arguments)
+
+    monkeypatch.setattr(step, "prefill", reading)
+    monkeypatch.setattr(step, "step", speaking)
+    speaker = backend.speak(Request(text="Hi", max_frames=200, ahead_s=None))
+    next(iter(speaker))
+    done = ""
+    streams = [backend.speak(Request(text="word " * 60, max_frames=2, seed=i, ahead_s=None)) for i in range(7)]
+    for stream in streams:
+        list(stream)
+    between = [len(run) for run in done.split("s")[:-1]]
+    assert max(between) == most
+    speaker.cancel()
+    backend.close()
+
+
+def test_the_engine_says_how_busy_it_is(own: LocalBackend) -> None:
+    assert own.load == Load(rows=2, used=0, waiting=0)
+    streams = [own.speak(Request(text="Hi", max_frames=900)) for _ in range(5)]
+    for stream in streams[:2]:
+        next(iter(stream))
+    assert own.load == Load(rows=2, used=2, waiting=3)
+    for stream in streams:
+        stream.cancel()
+    for stream in streams:
+        stream.wait(5)
+    assert own.load == Load(rows=2, used=0, waiting=0)
 
 
 def test_cancel_returns_at_once_yields_nothing_more_and_frees_the_row(embedded: LocalBackend) -> None:
@@ -552,6 +621,7 @@ def test_words_arrive_in_order_within_the_audio(embedded: LocalBackend) -> None:
         (Request(text="Hi", max_frames=0), BadRequestError, "max_frames should be an integer from 1"),
         (Request(text="Hi", ramp=()), BadRequestError, "ramp should hold"),
         (Request(text="Hi", ahead_s=-1.0), BadRequestError, "ahead_s should be a number above 0"),
+        (Request(text="Hi", lead_s=float("nan")), BadRequestError, "lead_s should be a number from 0"),
         (Request(text="Hi", layout="fast"), BadRequestError, "layout should be"),  # type: ignore[arg-type]
         (Request(text="word " * 600), BadRequestError, "speak it sentence by sentence"),
     ],
@@ -671,6 +741,7 @@ def test_what_cannot_be_opened_is_refused_with_one_line() -> None:
         ({"device": "tpu"}, "device should be auto, cpu or cuda"),
         ({"dtype": "fp16"}, "dtype should be auto, bf16 or fp32"),
         ({"backend": "graph"}, "backend 'graph' cannot be had"),
+        ({"profile": "fast"}, "profile should be one of latency, throughput, but is 'fast'"),
         ({"model": "nothing-here"}, "no model 'nothing-here'"),
     ):
         with pytest.raises(TTSError, match=says):

@@ -64,9 +64,12 @@ MAY_IMPORT = {
     "service": ["errors", "backend"],
     "websocket service": ["errors", "backend", "protocol", "remote", "service"],
     "server": ["errors", "backend", "protocol"],
-    "cluster": ["errors", "local", "server"],
+    "cluster": ["errors", "backend", "local", "server"],
     "cli": ["errors", "backend", "config", "model", "local", "service", "server", "cluster", "megakernel"],
-    "bench": ["errors", "backend", "config", "model", "engine", "local", "service", "remote", "protocol", "megakernel"],
+    "bench": [
+        *("errors", "backend", "config", "model", "engine", "local", "service", "remote", "protocol", "megakernel"),
+        "websocket service",
+    ],
     "bots": ["errors", "backend", "local", "service", "websocket service"],
     "training": ["errors", "backend", "config", "model", "local", "megakernel"],
 }
@@ -95,7 +98,7 @@ LIBRARIES = {
     "prometheus_client": ["pipecat_qwen3.metrics"],
     "av": ["pipecat_qwen3.audio_formats"],
     "ray": ["pipecat_qwen3.cluster"],
-    "loguru": ["pipecat_qwen3.service", "pipecat_qwen3.__main__"],
+    "loguru": ["pipecat_qwen3.service", "pipecat_qwen3.service_speech", "pipecat_qwen3.__main__"],
     "rich": ["pipecat_qwen3.cli_progress"],
     "triton": ["pipecat_qwen3.codec_kernels"],
     "cuda": ["megakernel.gpu", "megakernel.nvrtc"],

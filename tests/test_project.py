@@ -116,7 +116,11 @@ def test_both_packages_are_typed_and_the_embedded_voice_is_in_the_repository() -
     ours = tracked()
     for name in ("megakernel/py.typed", "pipecat_qwen3/py.typed", "pipecat_qwen3/embedded/model.safetensors"):
         assert ROOT / name in ours
-    assert PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == ["megakernel", "pipecat_qwen3"]
+    assert PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == [
+        "megakernel",
+        "pipecat_qwen3",
+        "bots",
+    ]
 
 
 def test_the_licence_is_the_one_that_pyproject_names() -> None:

@@ -1,20 +1,23 @@
 """RemoteBackend against a real server on loopback: streams, errors, vanishing peers, barge-ins."""
 
 import asyncio
-import gc
 import random
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipecat_qwen3.backend import Backend, Chunk, Request, Stream
-from pipecat_qwen3.errors import BadRequestError, EngineError, OverloadedError, TTSError, UnknownNameError
-from pipecat_qwen3.local import LocalBackend
-from pipecat_qwen3.protocol import ConnectionFailedError, UnauthorizedError
+from pipecat_qwen3.errors import (
+    BadRequestError,
+    ConnectionFailedError,
+    EngineError,
+    OverloadedError,
+    TTSError,
+    UnauthorizedError,
+    UnknownNameError,
+)
 from pipecat_qwen3.remote import RemoteBackend
 from pipecat_qwen3.server_speaker import Limits
 from tests.fakes import FakeBackend
@@ -79,7 +82,7 @@ def test_speech_words_and_result_are_those_of_the_server(fake: FakeBackend, remo
 def test_every_field_of_a_request_arrives(fake: FakeBackend, remote: RemoteBackend) -> None:
     asked = Request(
         "Hello.", "rms", "english", "softly", "streaming", 2**63 - 1, True, 0.5, 3, 0.25, 1.5, 0.75, 4, 0.125, 9,
-        (2, 3), None, True,
+        (2, 3), None, True, 2.5,
     )  # fmt: skip
     list(remote.speak(asked))
     assert fake.requests == [asked]
@@ -157,12 +160,9 @@ def barge_in(remote: RemoteBackend, rounds: int, seed: int) -> None:
         stream.cancel()
 
 
-@pytest.mark.parametrize("rounds", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_random_barge_ins_leave_no_voice_behind(
-    fake: FakeBackend, remote: RemoteBackend, server: Served, rounds: int
-) -> None:
+def test_random_barge_ins_leave_no_voice_behind(fake: FakeBackend, remote: RemoteBackend, server: Served) -> None:
     fake.pace = 0.3
-    barge_in(remote, rounds, seed=1)
+    barge_in(remote, 60, seed=1)
     until(lambda: not server.speaker.open_voices and not remote._contexts, 20)
     assert {stream.result.end for stream in fake.streams if stream.result} <= {"cancelled", "eos"}
     fake.pace = None
@@ -256,76 +256,6 @@ def test_a_text_that_crosses_the_servers_farewell_is_spoken_by_the_next_one(fake
             assert np.array_equal(pcm(list(remote.speak(Request("Hello.")))), fake.speech("Hello."))
             time.sleep(0.003 * (i % 7))
         remote.close()
-
-
-@pytest.fixture(scope="module")
-def real(embedded: LocalBackend) -> Iterator[Served]:
-    class Borrowed:
-        """The session's backend, which a server may not close."""
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(embedded, name)
-
-        def close(self) -> None:
-            pass
-
-    with serving(Borrowed, limits=Limits(contexts=128)) as served:  # type: ignore[arg-type]
-        yield served
-
-
-@pytest.mark.parametrize("voices", [8, pytest.param(64, marks=pytest.mark.slow)])
-def test_the_codes_over_the_wire_are_those_of_the_engine_alone(
-    embedded: LocalBackend, real: Served, voices: int
-) -> None:
-    requests = [Request(f"Room {i} is free.", seed=i, ahead_s=None, max_frames=12) for i in range(voices)]
-    alone = []
-    for request in requests[:8]:
-        stream = embedded.speak(request)
-        list(stream)
-        alone.append(stream.wait().codes)
-    remote = RemoteBackend.open(real.ws)
-    streams = [remote.speak(request) for request in requests]
-    heard: list[int] = []
-    threads = [threading.Thread(target=lambda s=s: heard.append(sum(len(c.pcm) for c in s))) for s in streams]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    remote.close()
-    assert len(heard) == voices
-    for stream, codes in zip(streams, alone, strict=False):
-        assert np.array_equal(stream.wait(5).codes, codes)  # type: ignore[arg-type]
-    for stream in streams[8:]:
-        codes = stream.wait(5).codes
-        assert codes is not None
-        again = embedded.speak(requests[streams.index(stream)])
-        list(again)
-        assert np.array_equal(again.wait().codes, codes)  # type: ignore[arg-type]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-def test_memory_is_flat_over_five_thousand_utterances(fake: FakeBackend, remote: RemoteBackend) -> None:
-    def resident() -> int:
-        gc.collect()
-        return int(Path("/proc/self/statm").read_text().split()[1])
-
-    after_warm_up = 0
-    for i in range(5500):
-        if i == 500:
-            after_warm_up = resident()
-        stream = remote.speak(Request("Hello there.", seed=i))
-        if i % 5:
-            list(stream)
-        else:
-            stream.cancel()
-            stream.wait(10)
-        if i % 50 == 0:  # the fake keeps all it was asked for
-            fake.requests.clear()
-            fake.streams.clear()
-            fake.cancelled.clear()
-            fake._threads.clear()
-    assert resident() < 1.05 * after_warm_up
 
 
 def test_the_error_tree_is_complete_on_the_wire() -> None:

@@ -18,12 +18,14 @@ import av
 import hypothesis
 import numpy as np
 import pytest
+import schemathesis
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipecat_qwen3.audio_formats import FORMATS, MIME, encoder
-from pipecat_qwen3.backend import SAMPLE_RATE, Chunk, Request
+from pipecat_qwen3.backend import PROFILES, SAMPLE_RATE, Chunk, Load, Request
 from pipecat_qwen3.errors import EngineError, OverloadedError
 from pipecat_qwen3.metrics import Metrics
+from pipecat_qwen3.protocol import Text, parse
 from pipecat_qwen3.server_log import JsonLines, request_id
 from pipecat_qwen3.server_run import listen
 from pipecat_qwen3.server_speaker import Limits, Speaker
@@ -189,6 +191,7 @@ def test_what_other_clients_call_it_is_understood(fake: FakeBackend, server: Ser
         ({"response_format": "midi"}, "mp3"),
         ({"nonsense": 1}, "no field 'nonsense'"),
         ({"instruct": "a", "instructions": "b"}, "two different"),
+        ({"instruct": "x" * 5000}, "4096"),
         ({"seed": -1}, "seed"),
         ({"seed": "7"}, "integer"),
     ],
@@ -304,6 +307,22 @@ def test_a_voice_of_ours_that_is_called_like_one_of_openais_is_ours() -> None:
     speaker.close()
 
 
+def test_a_profile_decides_what_the_client_leaves_open(fake: FakeBackend, server: Served) -> None:
+    speech(server)
+    assert (fake.requests[0].ramp, fake.requests[0].ahead_s) == ((1, 1, 2, 4, 8), None)  # HTTP has no playback
+    speaker = Speaker(lambda: fake, profile=PROFILES["throughput"])
+    speaker.start()
+    until(lambda: speaker.ready)
+    said = parse('{"type":"text","context_id":"a","text":"x"}')
+    assert isinstance(said, Text)
+    asked = speaker.request("x", said.settings())
+    assert (asked.ramp, asked.ahead_s) == ((4, 8, 16), 30.0)
+    said = parse('{"type":"text","context_id":"a","text":"x","ramp":[2],"ahead_s":null}')
+    assert isinstance(said, Text)
+    asked = speaker.request("x", said.settings())
+    assert (asked.ramp, asked.ahead_s) == ((2,), None)
+
+
 def test_it_is_ready_only_when_warm_and_says_so_until_then() -> None:
     loaded = threading.Event()
     fake = FakeBackend()
@@ -346,6 +365,16 @@ def test_metrics_count_what_happened(fake: FakeBackend, server: Served) -> None:
     assert found["pipecat_qwen3_ready",] == 1
     audio = 2 * len(fake.speech(HELLO)) / SAMPLE_RATE
     assert found["pipecat_qwen3_audio_seconds_total",] == pytest.approx(audio)
+
+
+def test_metrics_show_the_slots_and_the_queue_of_an_engine(fake: FakeBackend, server: Served) -> None:
+    def seen() -> list[float | None]:
+        registry = server.speaker.metrics.registry
+        return [registry.get_sample_value(f"pipecat_qwen3_{name}") for name in ("slots", "slots_used", "queue")]
+
+    assert seen() == [0, 0, 0]  # a backend that does not say
+    fake.load = Load(8, 5, 3)  # type: ignore[attr-defined]
+    assert seen() == [8, 5, 3]
 
 
 def test_a_player_without_buffer_runs_dry_when_a_chunk_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,26 +426,29 @@ def test_a_port_that_is_taken_is_one_line(server: Served) -> None:
 # -- fuzz --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("examples", [15, pytest.param(2000, marks=pytest.mark.slow)])
-def test_requests_made_from_the_openapi_document_never_break_the_server(examples: int) -> None:
-    schemathesis = pytest.importorskip("schemathesis")
+@pytest.mark.parametrize("requests", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_requests_made_from_the_openapi_document_never_break_the_server(requests: int) -> None:
     fake = FakeBackend(seconds_per_char=0.005)
+    sent = 0
     with serving(lambda: fake) as server:
-        schema = schemathesis.openapi.from_url(f"{server.http}/openapi.json")
+        schema: Any = schemathesis.openapi.from_url(f"{server.http}/openapi.json")
 
-        def check(case: Any) -> None:
+        def check(case: schemathesis.Case) -> None:
+            nonlocal sent
+            sent += 1
             answer = case.call(timeout=30)
             assert answer.status_code < 500, case.as_curl_command()
             if answer.status_code >= 400:
                 assert answer.json()["error"]["message"]
 
-        for found in schema.get_all_operations():
-            operation = found.ok()
-            fuzzed = hypothesis.given(case=operation.as_strategy())(check)
-            slow = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much]
-            options = hypothesis.settings(
-                max_examples=examples, deadline=None, database=None, suppress_health_check=slow
-            )
-            options(fuzzed)()
+        # Most operations have nothing to vary: hypothesis stops there by itself.
+        while sent < requests:
+            for found in schema.get_all_operations():
+                fuzzed = hypothesis.given(case=found.ok().as_strategy())(check)
+                slow = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much]
+                options = hypothesis.settings(
+                    max_examples=requests // 4, deadline=None, database=None, suppress_health_check=slow
+                )
+                options(fuzzed)()
         until(lambda: not server.speaker.open_voices)
         assert np.array_equal(np.frombuffer(speech(server).body, np.int16), fake.speech(HELLO))

@@ -41,7 +41,6 @@ from pipecat.pipeline.worker import PipelineParams, PipelineWorker
 from pipecat.processors.aggregators.llm_context import LLMContext
 from pipecat.processors.aggregators.llm_response_universal import LLMAssistantAggregator
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
-from pipecat.services.tts_service import TextAggregationMode
 from pipecat.tests.utils import run_test
 from pipecat.transcriptions.language import Language
 from pipecat.transports.base_output import BaseOutputTransport
@@ -51,6 +50,7 @@ from pipecat.workers.runner import WorkerRunner
 
 from pipecat_qwen3 import playback as playback_module
 from pipecat_qwen3 import service as service_module
+from pipecat_qwen3 import service_speech as speech_module
 from pipecat_qwen3.backend import SAMPLE_RATE, Chunk
 from pipecat_qwen3.errors import (
     BackendError,
@@ -255,6 +255,13 @@ async def test_leading_silence_is_skipped_in_the_first_sentence_of_a_turn_only(b
     assert [request.skip_silence for request in backend.requests] == [True, False, True]
     await speak(Qwen3TTSService(backend=backend, skip_silence=False), *turn("Four."))
     assert backend.requests[-1].skip_silence is False
+
+
+async def test_a_later_sentence_says_how_much_of_the_turn_has_still_to_be_heard(backend, monkeypatch):
+    monkeypatch.setattr(playback_module, "monotonic", lambda: 0.0)
+    await speak(Qwen3TTSService(backend=backend), *turn("One here. ", "Two here. ", "Three."))
+    one, two = (len(backend.speech(text)) / SAMPLE_RATE for text in ("One here.", "Two here."))
+    assert [request.lead_s for request in backend.requests] == pytest.approx([0.0, one, one + two])
 
 
 async def test_a_slow_engine_keeps_its_context(backend):
@@ -584,7 +591,7 @@ async def test_a_dead_engine_is_permanent_and_later_turns_end_at_once(backend):
 
 
 async def test_an_engine_that_never_answers_is_given_up(backend, monkeypatch):
-    monkeypatch.setattr(service_module, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(speech_module, "_PATIENCE_S", 0.1)
     backend.pace = math.inf
     down, errors = await speak(
         Qwen3TTSService(backend=backend, stop_frame_timeout_s=0.1), uninterruptible("Hello there.")
@@ -699,8 +706,6 @@ def test_options_that_do_not_exist_are_refused(backend):
         Qwen3TTSService(backend=backend, voice="slt")
     with pytest.raises(UnknownNameError, match="no option speed"):
         Qwen3TTSService(backend=backend, speed=2)
-    with pytest.raises(BadRequestError, match="text_aggregation_mode should be SENTENCE, but is TOKEN"):
-        Qwen3TTSService(backend=backend, text_aggregation_mode=TextAggregationMode.TOKEN)
 
 
 # -- the shared engine ---------------------------------------------------------------------------------------

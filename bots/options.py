@@ -1,0 +1,126 @@
+"""The command line of the bots in; speech recognition and a language model out, or one line that says what is missing.
+
+The defaults need no key and no download.
+"""
+
+import argparse
+import importlib.util
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipecat.services.llm_service import LLMService
+from pipecat.services.stt_service import STTService
+
+from bots.script import HINT
+from pipecat_qwen3 import Backend, TTSError
+from pipecat_qwen3.errors import UnknownNameError, choices
+
+PROMPT = (
+    "You are a friendly voice assistant. Your words are spoken aloud: answer in one or two short sentences, "
+    "without lists, markdown or emoji."
+)
+
+_NEEDS = {
+    "sphinx": ("pocketsphinx", "pocketsphinx", None),
+    "whisper": ("faster_whisper", "pipecat-ai[whisper]", None),
+    "deepgram": ("deepgram", "pipecat-ai[deepgram]", "DEEPGRAM_API_KEY"),
+    "scripted": (None, None, None),
+    "openai": ("openai", "pipecat-ai[openai]", "OPENAI_API_KEY"),
+    "ollama": ("openai", "pipecat-ai[openai]", None),
+}
+"""Of each service: the package it imports, how that is installed, and the variable that holds its key."""
+
+_OLLAMA = ("localhost", 11434)
+
+
+class BotParser(argparse.ArgumentParser):
+    """The options of a bot, to which `pipecat.runner.run.main` adds its own, checked before anything is loaded."""
+
+    def __init__(self, description: str | None, prepare: Callable[[argparse.Namespace], object]) -> None:
+        """Take what the bot does, and what it does once with the checked options, such as loading its model."""
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self._prepare = prepare
+        self.add_argument("--stt", choices=["sphinx", "whisper", "deepgram"], default="sphinx", help="who listens")
+        self.add_argument("--llm", choices=["scripted", "openai", "ollama"], default="scripted", help="who answers")
+        self.add_argument("--llm-model", help="which model of --llm, if not its service's default")
+        self.add_argument("--voice", help="who speaks; the default is the model's first voice")
+
+    def parse_args(self, *given: Any, **named: Any) -> argparse.Namespace:  # type: ignore[override]
+        """Parse, check, say what the offline parts can do, and prepare the bot."""
+        args = super().parse_args(*given, **named)
+        for name in (args.stt, args.llm):
+            if lack := missing(name):
+                self.exit(2, f"{lack}\n")
+        if lack := taken(args.host, args.port):
+            self.exit(2, f"{lack}\n")
+        if args.llm == "scripted":
+            print(f"This bot answers from a script. {HINT} For a real conversation: --stt whisper --llm ollama")
+        try:
+            self._prepare(args)
+        except TTSError as error:
+            self.exit(1, f"{error}\n")
+        return args
+
+
+def check_voice(voice: str | None, backend: Backend) -> None:
+    """Refuse a voice that the model does not have. Raises UnknownNameError."""
+    if voice and voice.lower() not in [there.lower() for there in backend.voices]:
+        raise UnknownNameError(f"unknown voice {voice!r}; there are: {choices(backend.voices)}")
+
+
+def missing(name: str) -> str | None:
+    """What a service lacks here and what to do about it, None if nothing."""
+    package, install, key = _NEEDS[name]
+    if package and importlib.util.find_spec(package) is None:
+        return f'{name} needs a package: run pip install "{install}", or leave the option out'
+    if key and not os.getenv(key):
+        return f"{name} needs your key: set {key}, or leave the option out"
+    if name == "ollama":
+        try:
+            socket.create_connection(_OLLAMA, timeout=2).close()
+        except OSError:
+            return "no Ollama answers on this machine: run ollama serve, and ollama pull MODEL once"
+    return None
+
+
+def taken(host: str, port: int) -> str | None:
+    """Why this address cannot be listened on, None if it can."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        return f"cannot listen on {host}:{port} ({error.strerror or error}); end what runs there, or choose --port"
+    return None
+
+
+def make_stt(args: argparse.Namespace) -> STTService:
+    """The speech recognition that was asked for."""
+    if args.stt == "whisper":
+        from pipecat.services.whisper.stt import WhisperSTTService
+
+        return WhisperSTTService()
+    if args.stt == "deepgram":
+        from pipecat.services.deepgram.stt import DeepgramSTTService
+
+        return DeepgramSTTService(api_key=os.environ["DEEPGRAM_API_KEY"])
+    from bots.offline import SphinxSTTService
+
+    return SphinxSTTService()
+
+
+def make_llm(args: argparse.Namespace, languages: Sequence[str]) -> LLMService[Any]:
+    """The language model that was asked for; the script is told which languages the voice speaks."""
+    model = {"model": args.llm_model} if args.llm_model else {}
+    if args.llm == "openai":
+        from pipecat.services.openai.llm import OpenAILLMService
+
+        settings = OpenAILLMService.Settings(system_instruction=PROMPT, **model)
+        return OpenAILLMService(api_key=os.environ["OPENAI_API_KEY"], settings=settings)
+    if args.llm == "ollama":
+        from pipecat.services.ollama.llm import OLLamaLLMService
+
+        return OLLamaLLMService(settings=OLLamaLLMService.Settings(system_instruction=PROMPT, **model))
+    from bots.offline import ScriptedLLMService
+
+    return ScriptedLLMService(languages=languages)

@@ -1,0 +1,293 @@
+"""The bots as a developer runs them: processes on loopback, talked to as Pipecat's evals and a telephone carrier do."""
+
+import argparse
+import asyncio
+import socket
+import subprocess
+import sys
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pipecat.evals.scenario import EvalScenarioFile
+from pipecat.evals.script import EvalScriptScenario
+from pipecat.frames.frames import (
+    BotStartedSpeakingFrame,
+    BotStoppedSpeakingFrame,
+    Frame,
+    InterruptionFrame,
+    LLMContextFrame,
+    LLMTextFrame,
+    MetricsFrame,
+    VADUserStoppedSpeakingFrame,
+)
+from pipecat.metrics.metrics import TTFAMetricsData
+from pipecat.observers.base_observer import FramePushed
+from pipecat.pipeline.pipeline import Pipeline
+from pipecat.processors.aggregators.llm_context import LLMContext
+from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
+from pipecat.tests.utils import run_test
+
+from bots.latency import LatencyReport
+from bots.offline import ScriptedLLMService, hear
+from bots.options import BotParser, missing, taken
+from bots.script import GREETING, QUESTIONS, everything, reply, words_of
+from pipecat_qwen3.service import Qwen3TTSService
+from tests.fakes import FakeBackend
+from tests.talking import ROOT, Bot, talking
+
+EVALS = ROOT / "bots" / "evals"
+SCENARIOS = sorted(path for path in EVALS.glob("*.yaml") if path.stem not in ("judge", "suite"))
+CAPITALS = [sentence for sentence in everything() if sentence.startswith("the capital of")]
+COUNT_ENGINES = """
+from pipecat_qwen3.engine import Engine
+made = Engine.__init__
+def count(*arguments, **named):
+    print("an engine was made", flush=True)
+    made(*arguments, **named)
+Engine.__init__ = count
+"""
+
+# -- hello ---------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_hello_says_its_sentence_into_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "hello.wav"
+    done = run("bots.hello", "--wav", str(path))
+    assert done.returncode == 0, done.stderr
+    with wave.open(str(path)) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (24_000, 1, 2)
+        pcm = file.readframes(10**9)
+    sentences = (*CAPITALS, "hello there how can i help you today")
+    assert "how can i help you" in hear(pcm + bytes(24_000), 24_000, sentences)
+
+
+def test_hello_without_speakers_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bots import hello
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="--wav"):
+        hello.speakers()
+
+
+# -- the voice agent -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def agent() -> Iterator[Bot]:
+    with Bot("voice_agent", "--voice", "slt", before=COUNT_ENGINES) as bot:
+        yield bot
+
+
+async def test_a_spoken_question_is_answered_aloud_and_its_time_is_told(agent: Bot) -> None:
+    async with talking(agent) as talker:
+        await talker.event("bot-stopped-speaking")
+        await talker.speak("capital_of_germany")
+        heard = await talker.until(lambda m: m["type"] == "user-transcription" and m["data"]["final"])
+        assert heard["data"]["text"] == "what is the capital of germany"
+        assert "Berlin" in await talker.reply("Berlin")
+        assert "berlin" in talker.heard(CAPITALS).split()
+        [told] = talker.told("latency")
+    assert told["turn"] == 1
+    names = [stage["name"] for stage in told["stages"]]
+    order = ["endpointing wait", "turn detection", "speech synthesis"]
+    assert [name for name in names if name in order] == order
+    assert sum(stage["ms"] for stage in told["stages"]) == pytest.approx(told["total_ms"], abs=1)
+    assert told["total_ms"] > 500, "half a second of silence ends a turn"
+    assert any("from your last sound to the first audible sample" in line for line in agent.lines)
+
+
+async def test_what_is_typed_cuts_the_bot_off_and_is_answered(agent: Bot) -> None:
+    async with talking(agent) as talker:
+        await talker.type("Tell me a story.")
+        await talker.event("bot-started-speaking")
+        await talker.type("What is the capital of France?")
+        assert "Paris" in await talker.reply("Paris")
+    assert talker.told("barge-in")[-1]["silence_ms"] >= 0
+
+
+async def test_the_page_is_told_the_voices_and_changes_them(agent: Bot) -> None:
+    async with talking(agent) as talker:
+        there = await talker.server_message("voices")
+        assert (set(there["voices"]), there["languages"]) == ({"rms", "slt"}, ["english"])
+        assert (there["voice"], there["language"], there["model"]) == ("slt", None, "embedded")
+        assert (there["stt"], there["llm"]) == ("sphinx", "scripted")
+        await talker.ask("set-voice", {"voice": "rms"})
+        assert (await talker.server_message("voices"))["voice"] == "rms"
+        await talker.ask("set-voice", {"voice": "nobody"})
+        refused = await talker.event("error-response")
+        assert refused["data"]["error"] == "There is no voice nobody; choose one of: rms, slt."
+        await talker.type("goodbye")
+        assert "Goodbye" in await talker.reply("nice to talk")
+
+
+async def test_eight_clients_talk_at_once_over_one_engine(agent: Bot) -> None:
+    places = {"Germany": "Berlin", "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo"}
+    asked = [*places, *list(places)[:3]]
+
+    async def ask(country: str) -> str:
+        async with talking(agent) as talker:
+            await talker.type(f"What is the capital of {country}?")
+            await talker.reply(places[country])
+            return talker.heard(CAPITALS)
+
+    heard = await asyncio.gather(*(ask(country) for country in asked))
+    assert all(places[country].lower() in words.split() for country, words in zip(asked, heard, strict=True)), heard
+    assert agent.lines.count("an engine was made") == 1
+
+
+def test_the_agent_serves_the_page(agent: Bot) -> None:
+    import urllib.request
+
+    page = urllib.request.urlopen(f"http://127.0.0.1:{agent.port}/", timeout=20).read()
+    assert page == (ROOT / "bots" / "web" / "built" / "index.html").read_bytes()
+
+
+# -- the parts -----------------------------------------------------------------------------------------------
+
+
+def test_the_script_remembers_the_place_and_knows_what_it_does_not_know() -> None:
+    assert reply([], []).text == GREETING
+    assert reply(["what is the capital of japan"], []).text == "The capital of Japan is Tokyo."
+    assert "Rome" in reply(["and of italy", "how many people live there"], []).text
+    assert "first" in reply(["how many people live there"], []).text
+    assert "script" in reply(["who are you"], []).text
+    assert "do not know" in reply(["what is love"], []).text
+
+
+@pytest.mark.parametrize("languages", [("english",), ("english", "german")])
+async def test_a_language_is_switched_to_if_the_voice_speaks_it(languages: tuple[str, ...]) -> None:
+    backend = FakeBackend(languages=languages)
+    pipeline = Pipeline([ScriptedLLMService(languages=languages), Qwen3TTSService(backend=backend)])
+    context = LLMContext([{"role": "user", "content": "Please speak German."}])
+    await run_test(pipeline, frames_to_send=[LLMContextFrame(context)], start_timeout=10)
+    backend.close()
+    spoken = {(request.language, str(request.text).strip()) for request in backend.requests}
+    german = {("german", "Gerne."), ("german", "Ich spreche jetzt Deutsch.")}
+    english = {(None, "I am sorry."), (None, "My voice speaks English only.")}
+    assert spoken == (german if "german" in languages else english)
+
+
+async def test_the_script_writes_word_by_word() -> None:
+    context = LLMContext([{"role": "user", "content": "who are you"}])
+    down, _ = await run_test(ScriptedLLMService(), frames_to_send=[LLMContextFrame(context)], start_timeout=10)
+    words = [frame.text for frame in down if isinstance(frame, LLMTextFrame)]
+    assert "".join(words).strip() == reply(["who are you"], []).text
+    assert len(words) == len("".join(words).split())
+
+
+class Clock:
+    """A time that the test sets."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_a_turn_is_told_up_to_its_first_audible_sample(capsys: pytest.CaptureFixture[str]) -> None:
+    clock, told = Clock(), []
+    report = LatencyReport(time_source=clock)
+
+    async def tell(message: dict) -> None:
+        told.append(message)
+
+    report.send = tell
+    speaker = FrameProcessor(name="speaker")
+
+    async def push(frame: Frame) -> None:
+        await report.on_push_frame(FramePushed(speaker, speaker, frame, FrameDirection.DOWNSTREAM, 0))
+        await asyncio.sleep(0.01)  # handlers of events are tasks
+
+    await push(VADUserStoppedSpeakingFrame(stop_secs=0.2, timestamp=100.0))
+    clock.now = 100.5
+    await push(BotStartedSpeakingFrame())
+    assert not told, "it is not known yet when the first audible sample comes"
+    await push(MetricsFrame(data=[TTFAMetricsData(processor="voice", ttfa=0.3, ttfb=0.25, leading_silence=0.05)]))
+    assert told[0]["total_ms"] == pytest.approx(750)
+    assert told[0]["stages"][0] == {"name": "endpointing wait", "ms": pytest.approx(200)}
+    assert told[0]["stages"][-1] == {"name": "leading silence", "ms": 50.0}
+    assert "turn 1: 750 ms" in capsys.readouterr().out
+    clock.now = 101.0
+    await push(InterruptionFrame())
+    clock.now = 101.02
+    await push(BotStoppedSpeakingFrame())
+    assert told[1] == {"type": "barge-in", "turn": 1, "silence_ms": pytest.approx(20)}
+
+
+# -- what is missing -----------------------------------------------------------------------------------------
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    """The options as Pipecat's runner parses them."""
+    parser = BotParser("a bot", lambda args: None)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
+    return parser.parse_args(list(arguments))
+
+
+def test_the_defaults_need_nothing_and_say_what_they_can_do(capsys: pytest.CaptureFixture[str]) -> None:
+    args = parse()
+    assert (args.stt, args.llm) == ("sphinx", "scripted")
+    assert "--stt whisper --llm ollama" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (("--stt", "deepgram"), "deepgram"),
+        (("--llm", "openai"), "set OPENAI_API_KEY"),
+        (("--llm", "ollama"), "ollama serve"),
+        (("--stt", "nobody"), "invalid choice"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(
+    arguments: tuple[str, ...], wanted: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key in ("DEEPGRAM_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setattr("bots.options._OLLAMA", ("127.0.0.1", 1))
+    with pytest.raises(SystemExit) as end:
+        parse(*arguments)
+    assert end.value.code == 2
+    assert wanted in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_missing_package_is_named_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install" in str(missing("whisper"))
+    assert "pipecat-ai[whisper]" in str(missing("whisper"))
+
+
+def test_a_taken_port_is_said_before_anything_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert "choose --port" in str(taken("127.0.0.1", port))
+    assert taken("127.0.0.1", port) is None
+
+
+# -- the evals -----------------------------------------------------------------------------------------------
+
+
+def test_the_suite_runs_every_scenario() -> None:
+    suite = (EVALS / "suite.yaml").read_text()
+    assert len(SCENARIOS) == 6
+    assert all(path.stem in suite for path in SCENARIOS)
+    assert "make eval" in (EVALS / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
+def test_the_recordings_of_a_scenario_say_what_it_says(path: Path) -> None:
+    for scenario in EvalScenarioFile.load(path).scenarios:
+        assert isinstance(scenario, EvalScriptScenario)
+        for turn in scenario.turns:
+            if turn.audio:
+                with wave.open(str(turn.audio)) as file:
+                    pcm, rate = file.readframes(10**9), file.getframerate()
+                assert hear(pcm + bytes(rate), rate, tuple(QUESTIONS)).split() == words_of(str(turn.user))

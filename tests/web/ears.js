@@ -1,0 +1,55 @@
+// Runs before the page: a microphone into which a test speaks, and ears of the test's own for what the page plays.
+
+(() => {
+  const ears = (window.ears = { heard: [], denied: false });
+  const context = new AudioContext({ sampleRate: 48000 });
+  const microphone = context.createMediaStreamDestination();
+
+  const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+  navigator.mediaDevices.getUserMedia = async (constraints) => {
+    if (ears.denied) throw new DOMException("Permission denied", "NotAllowedError");
+    for (const track of (await ask(constraints)).getTracks()) track.stop();
+    await context.resume();
+    return microphone.stream.clone();
+  };
+
+  /** Say PCM16 samples (base64) of a rate into the microphone. */
+  ears.say = (base64, rate) => {
+    const bytes = Uint8Array.from(atob(base64), (char) => char.charCodeAt(0));
+    const samples = Float32Array.from(new Int16Array(bytes.buffer), (sample) => sample / 32768);
+    const buffer = context.createBuffer(1, samples.length, rate);
+    buffer.copyToChannel(samples, 0);
+    const source = new AudioBufferSourceNode(context, { buffer });
+    source.connect(microphone);
+    source.start();
+  };
+
+  // In the audio thread, since the page's own may be busy: dBFS of every 20 ms.
+  const loudness = `registerProcessor("loudness", class extends AudioWorkletProcessor {
+    power = 0;
+    count = 0;
+    process([[samples]]) {
+      for (const sample of samples ?? []) {
+        this.power += sample * sample;
+        if (++this.count < 960) continue;
+        this.port.postMessage(10 * Math.log10(this.power / 960 + 1e-10));
+        this.power = this.count = 0;
+      }
+      return true;
+    }
+  })`;
+  const ready = context.audioWorklet.addModule(URL.createObjectURL(new Blob([loudness], { type: "text/javascript" })));
+  const listen = async (track) => {
+    await ready;
+    const meter = new AudioWorkletNode(context, "loudness");
+    meter.port.onmessage = ({ data }) => ears.heard.push([performance.now(), data]);
+    context.createMediaStreamSource(new MediaStream([track])).connect(meter);
+  };
+  const Connection = window.RTCPeerConnection;
+  window.RTCPeerConnection = class extends Connection {
+    constructor(...options) {
+      super(...options);
+      this.addEventListener("track", ({ track }) => track.kind === "audio" && listen(track));
+    }
+  };
+})();
