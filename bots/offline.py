@@ -132,7 +132,10 @@ class ScriptedLLMService(LLMService):
             await self.push_frame(frame, direction)
 
     async def _answer(self, context: LLMContext) -> None:
-        text, language = reply(said_by_user(context), self._languages)
+        said = said_by_user(context)
+        if said_last(context) == "assistant":
+            said.append("")  # the user spoke, and was not understood
+        text, language = reply(said, self._languages)
         await self.push_frame(LLMFullResponseStartFrame())
         await self.start_ttfb_metrics()
         if language:
@@ -149,3 +152,14 @@ def said_by_user(context: LLMContext) -> list[str]:
     """The user's messages in a context, oldest first."""
     messages = [message for message in context.get_messages() if isinstance(message, dict)]
     return [str(message.get("content")) for message in messages if message.get("role") == "user"]
+
+
+def said_last(context: LLMContext) -> str | None:
+    """Whose message is the newest; None if there is none."""
+    messages = [message for message in context.get_messages() if isinstance(message, dict)]
+    return messages[-1].get("role") if messages else None
+
+
+def warm() -> None:
+    """Load the recogniser now rather than when somebody speaks."""
+    hear(bytes(RATE // 5), RATE, tuple(QUESTIONS))

@@ -4,12 +4,15 @@ The defaults need no key and no download.
 """
 
 import argparse
+import importlib
 import importlib.util
 import os
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
+from pipecat.audio.vad.silero import SileroVADAnalyzer
 from pipecat.services.llm_service import LLMService
 from pipecat.services.stt_service import STTService
 
@@ -61,7 +64,19 @@ class BotParser(argparse.ArgumentParser):
             self._prepare(args)
         except TTSError as error:
             self.exit(1, f"{error}\n")
+        warm(args.stt)
         return args
+
+
+def warm(stt: str) -> None:
+    """Import and load what the first client would wait for, and what would hold up the event loop meanwhile."""
+    SileroVADAnalyzer()
+    with suppress(ImportError):  # other transports need no WebRTC
+        importlib.import_module("pipecat.transports.smallwebrtc.transport")
+    if stt == "sphinx":
+        from bots import offline
+
+        offline.warm()
 
 
 def check_voice(voice: str | None, backend: Backend) -> None:

@@ -108,7 +108,7 @@ def _capital(country: str) -> str:
 
 def _people(country: str) -> str:
     city, number = _CAPITALS[country]
-    return f"About {number} people live in {city}."
+    return f"{number.capitalize()} people live in {city}."
 
 
 def _switch(wanted: str, languages: Sequence[str]) -> Reply:

@@ -1,10 +1,14 @@
 """Shared small things: one torch thread, tiny random checkpoints, the embedded voice in fp32, opened once."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when whoever is first imports Triton
 
 from pipecat_qwen3.local import LocalBackend
 from tests.random_checkpoint import Variant, make

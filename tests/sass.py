@@ -50,8 +50,8 @@ def count(kernel: Counter[str], instruction: str) -> int:
 
 
 def acquires(kernel: Counter[str]) -> int:
-    """Loads that see what other blocks wrote before; each should be followed by throwing away L1, CCTL.IVALL."""
-    return count(kernel, "LD.STRONG.GPU") + count(kernel, "LDG.STRONG.GPU")
+    """Loads and fences that see what others wrote before; each should be followed by throwing away L1, CCTL.IVALL."""
+    return sum(count(kernel, name) for name in ("LD.STRONG.GPU", "LDG.STRONG.GPU", "MEMBAR.SC.SYS"))
 
 
 def assert_sound(cubin: Cubin, threads: int, shared_bytes: int) -> None:

@@ -182,6 +182,13 @@ async def test_the_script_writes_word_by_word() -> None:
     assert len(words) == len("".join(words).split())
 
 
+async def test_who_was_not_understood_is_told_so_and_not_greeted_again() -> None:
+    context = LLMContext([{"role": "assistant", "content": "Hello."}])
+    down, _ = await run_test(ScriptedLLMService(), frames_to_send=[LLMContextFrame(context)], start_timeout=10)
+    said = "".join(frame.text for frame in down if isinstance(frame, LLMTextFrame)).strip()
+    assert said == reply(["mumble"], []).text
+
+
 class Clock:
     """A time that the test sets."""
 

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 triton: Any = pytest.importorskip("triton")
 tl = triton.language
 
