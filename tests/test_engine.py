@@ -191,7 +191,7 @@ def test_a_profile_says_how_much_may_be_read_between_two_frames(
     tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, profile: str, most: int
 ) -> None:
     backend = LocalBackend.open(str(tiny()), device="cpu", dtype="fp32", max_batch=8, profile=profile)
-    step, done = backend.engine.step, ""
+    step, done, asked = backend.engine.step, "", threading.Event()
     prefill, advance = step.prefill, step.step
 
     def reading(*arguments):
@@ -202,14 +202,17 @@ def test_a_profile_says_how_much_may_be_read_between_two_frames(
     def speaking(*arguments):
         nonlocal done
         done += "s"
+        asked.wait(60)  # so that all begin to be read while the speaker has most of its frames before it
         return advance(*arguments)
 
     monkeypatch.setattr(step, "prefill", reading)
     monkeypatch.setattr(step, "step", speaking)
-    speaker = backend.speak(Request(text="Hi", max_frames=200, ahead_s=None))
-    next(iter(speaker))
+    speaker = backend.speak(Request(text="word " * 60, max_frames=150, seed=0, ahead_s=None))
+    while "s" not in done:
+        time.sleep(0.01)
     done = ""
     streams = [backend.speak(Request(text="word " * 60, max_frames=2, seed=i, ahead_s=None)) for i in range(7)]
+    asked.set()
     for stream in streams:
         list(stream)
     between = [len(run) for run in done.split("s")[:-1]]
