@@ -95,9 +95,8 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def bot(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bot]:
-    busy = os.getloadavg()[0] / (os.cpu_count() or 1)
-    if busy > 1.5 and not os.environ.get("PIPECAT_QWEN3_TEST_WEB"):
-        pytest.skip(f"{busy:.1f} programs wait for each core, speech would stutter; make test-web tries all the same")
+    if not os.environ.get("PIPECAT_QWEN3_TEST_WEB"):
+        pytest.skip("a conversation in real time: `make test-web` holds it")
     for package in ("aiortc", "pocketsphinx"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"the bot needs {package}, which is not installed")

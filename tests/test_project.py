@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -48,11 +49,30 @@ def test_the_first_two_commands_of_the_readme_speak_and_test() -> None:
         make("-n", *shlex.split(command)[1:])
 
 
-def test_ci_runs_the_test_command_of_the_readme_and_nothing_else() -> None:
-    script = ROOT / ".ci" / "run"
-    lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
-    assert lines == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', "exec make test </dev/null"]
-    assert os.access(script, os.X_OK)
+@pytest.mark.parametrize("browser", [True, False])
+def test_ci_runs_the_test_command_of_the_readme_and_then_the_page_where_there_is_a_browser(
+    tmp_path: Path, browser: bool
+) -> None:
+    (tmp_path / ".ci").mkdir()
+    script = shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    (tmp_path / "bin").mkdir()
+    for name in ("make", *(("chromium", "chromedriver") if browser else ())):
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    for name in ("bash", "dirname", "sh"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name) or "")
+    done = subprocess.run([script], env={"PATH": str(tmp_path / "bin")}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "make test"
+    assert second == "make test-web" if browser else second.startswith("the page is not tested")
+
+
+def test_a_test_that_fails_fails_ci(tmp_path: Path) -> None:
+    (tmp_path / "make").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "make").chmod(0o755)
+    done = subprocess.run([ROOT / ".ci" / "run"], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert done.returncode == 3
 
 
 def test_make_test_lints_checks_types_and_runs_the_tests() -> None:
