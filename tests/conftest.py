@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loguru import logger
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when whoever is first imports Triton
@@ -14,6 +15,13 @@ from pipecat_qwen3.local import LocalBackend
 from tests.random_checkpoint import Variant, make
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def logs_stay_on() -> Iterator[None]:
+    """The benches and bots silence Pipecat's log for their process, which here is everybody's."""
+    yield
+    logger.enable("pipecat")
 
 
 @pytest.fixture(scope="session")
