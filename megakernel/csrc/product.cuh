@@ -10,8 +10,13 @@
 
 namespace mk {
 
-// Fragments that a lane keeps in flight, across the grid barrier too: 64 KB a block, or half of it beside 32 columns' sums.
+// Fragments that a lane keeps in flight, across the grid barrier too: 64 KB a block; half of it beside 32 columns' sums,
+// and before sm_90, where a multiprocessor's share of the memory is slower and the compiler would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int READ_AHEAD = 2048 / THREADS;
+#else
 constexpr int READ_AHEAD = (COLUMNS > 16 ? 2048 : 4096) / THREADS;
+#endif
 constexpr int REDUCED_TILES = 4;            // tiles x 8 columns whose warp sums fit into Work::sums at once
 
 struct Ahead {
