@@ -68,6 +68,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=cores, help="processes that synthesise")
     parser.add_argument("--talker-steps", type=int, default=4_000 if gpu else 20_000)
     parser.add_argument("--codec-steps", type=int, default=10_000 if gpu else 15_000)
+    parser.add_argument("--listener-steps", type=int, default=3000)
     parser.add_argument("--positions", type=int, default=60_000 if gpu else 2000, help="of a batch of the talker")
     parser.add_argument("--crops", type=int, default=64 if gpu else 4, help="of a batch of the codec")
     parser.add_argument("--workers", type=int, default=max(1, cores // 2 - 1) if gpu else 0, help="that build batches")
@@ -80,7 +81,7 @@ def options() -> argparse.Namespace:
 def run(o: argparse.Namespace) -> None:
     """All steps in order; those that are done already cost seconds."""
     data, books, pieces, blank = o.work / "data", o.work / "codebooks.pt", o.work / "tokenizer", o.work / "blank"
-    voice, runs = o.work / "voice", (o.work / "talker", o.work / "codec")
+    voice, ears, runs = o.work / "voice", o.work / "listener.pt", (o.work / "talker", o.work / "codec")
     sentences = ["--sentences", o.sentences] if o.sentences else []
     shards = ["--utterances", o.utterances, "--jobs", o.jobs, *sentences]
     o.work.mkdir(parents=True, exist_ok=True)
@@ -92,9 +93,10 @@ def run(o: argparse.Namespace) -> None:
     step("data", data, "--shards", f"0:{o.shards}", "--codebooks", books, *shards)
     if not blank.exists():
         step("start", blank, "--codebooks", books, "--tokenizer", pieces)
+    step("listener", data, "--out", ears, "--steps", o.listener_steps, "--threads", o.threads)
     both = ["--threads", o.threads, "--workers", o.workers, *([] if o.eager else ["--compile"])]
     talker = ["--run", runs[0], "--codebooks", books, "--steps", o.talker_steps, "--positions", o.positions, *both]
-    codec = ["--run", runs[1], "--steps", o.codec_steps, "--crops", o.crops, *both]
+    codec = ["--run", runs[1], "--listener", ears, "--steps", o.codec_steps, "--crops", o.crops, *both]
     first = begin("train_talker", blank, data, *talker)
     if not o.side_by_side:
         finish(first)

@@ -9,72 +9,30 @@ again by the same command.
 
 import argparse
 import json
-import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soxr
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from pipecat_qwen3.checkpoint import Checkpoint
 from training import codec_loss
+from training.crops import Crops, Piece
 from training.data import HELD_OUT
-from training.features import FRAME, MELS
-from training.flite import RATE
+from training.features import MELS
+from training.listener import Listener, spectra
 from training.steps import INTERRUPTED, Stop, rate, shards
 
 AVERAGE = 0.999
 """Decay a step of the averaged weights, which are what is exported."""
 
-MARGIN = 320
-"""Samples at 16 kHz read on the left of a crop, so that resampling is in its stride where the crop begins."""
+LISTENED = 0.5
+"""Weight of what the listener hears, beside the spectral loss."""
 
 EXAMINED, HELD_CROPS = 500, 64
 """So many steps lie between two looks at so many pieces of the held-out recordings."""
-
-
-class Crops(IterableDataset[tuple[Tensor, Tensor]]):
-    """Endless batches of random pieces of the recordings, the voices in a chosen proportion."""
-
-    def __init__(self, paths: list[Path], count: int, frames: int, rms_share: float, seed: int) -> None:
-        self.count, self.frames, self.rms_share, self.seed = count, frames, rms_share, seed
-        self.rng = random.Random(seed)
-        self.items: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = ([], [])
-        for path in paths:
-            shard = torch.load(path, weights_only=True, mmap=True)
-            lengths = shard["frames"].tolist()
-            waves = shard["wave"].split([n * FRAME for n in lengths])
-            for voice, codes, samples in zip(
-                shard["voices"].tolist(), shard["codes"].split(lengths), waves, strict=True
-            ):
-                if len(codes) >= frames:
-                    self.items[voice].append((codes, samples))
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        worker = get_worker_info()
-        if worker is not None:
-            self.rng = random.Random(f"{self.seed} {worker.id}")
-        while True:
-            yield self.draw()
-
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """Codes int64 [count, 8, frames] and waves [count, frames * 1920] in [-1, 1] at 24 kHz."""
-        codes, waves = [], []
-        for _ in range(self.count):
-            chosen, samples = self.rng.choice(self.items[int(self.rng.random() < self.rms_share)])
-            start = 0 if self.rng.random() < 0.15 else self.rng.randint(0, len(chosen) - self.frames)
-            first = max(0, start * FRAME - MARGIN)
-            piece = samples[first : (start + self.frames) * FRAME + MARGIN].float().div(32768).numpy()
-            resampled = soxr.resample(piece, RATE, codec_loss.RATE)[(start * FRAME - first) * 3 // 2 :]
-            resampled = resampled[: self.frames * FRAME * 3 // 2]
-            codes.append(chosen[start : start + self.frames].T.long())
-            waves.append(torch.from_numpy(np.pad(resampled, (0, self.frames * FRAME * 3 // 2 - len(resampled)))))
-        return torch.stack(codes), torch.stack(waves).float()
 
 
 class Trainer:
@@ -91,6 +49,7 @@ class Trainer:
         self.decoder.quantizer.requires_grad_(False)
         # 50 Hz latents -> two 10 ms mel spectra: gives the trunk a gradient of its own; not exported
         self.mel_head = nn.Linear(checkpoint.codec_config.latent, 2 * MELS).to(self.device)
+        self.listener = Listener.load(options.listener).to(self.device)
         self.parameters = [p for p in self.decoder.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [*self.parameters, *self.mel_head.parameters()],
@@ -133,11 +92,12 @@ class Trainer:
         wanted = wanted.to(self.device)
         loss, mel = codec_loss.codec_loss(made, wanted)
         with torch.no_grad():
-            spectra = codec_loss.magnitudes(wanted, 1024, 240)[:, : codes.shape[2] * 8]
-            target = codec_loss.log_mel(spectra, 1024, MELS)
+            magnitudes = codec_loss.magnitudes(wanted, 1024, 240)[:, : codes.shape[2] * 8]
+            target = codec_loss.log_mel(magnitudes, 1024, MELS)
+        apart = self.listener.difference(spectra(made), spectra(wanted))
         trunk = (self.mel_head(latents.transpose(1, 2)).unflatten(-1, (2, MELS)).flatten(1, 2) - target).abs().mean()
         self.optimizer.zero_grad(set_to_none=True)
-        (loss + 0.3 * (1 - self.step / options.steps) * trunk).backward()
+        (loss + LISTENED * apart + 0.3 * (1 - self.step / options.steps) * trunk).backward()
         nn.utils.clip_grad_norm_(self.parameters, 2.0)
         self.optimizer.step()
         self.step += 1
@@ -146,19 +106,21 @@ class Trainer:
             with torch.no_grad():
                 for name, x in self.decoder.state_dict().items():
                     self.average[name].lerp_(x, 1 - decay)
-        return {"loss": loss.item(), "mel": mel.item(), "trunk": trunk.item()}
+        return {"loss": loss.item(), "mel": mel.item(), "heard": apart.item(), "trunk": trunk.item()}
 
-    def examine(self, batches: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    def examine(self, batches: list[Piece]) -> dict[str, float]:
         """Losses of the averaged weights on pieces of held-out recordings."""
         kept = {name: x.clone() for name, x in self.decoder.state_dict().items()}
         self.decoder.load_state_dict(self.average)
-        sums = torch.zeros(2)
-        for codes, wanted in batches:  # with gradients that nobody takes: without them all would be compiled again
+        sums = torch.zeros(3)
+        for codes, wanted, _ in batches:  # with gradients that nobody takes: without them all would be compiled again
             made, _ = codec_loss.decode(self.decoder, codes.to(self.device))
-            loss, mel = codec_loss.codec_loss(made, wanted.to(self.device))
-            sums += torch.tensor([loss.item(), mel.item()])
+            wanted = wanted.to(self.device)
+            loss, mel = codec_loss.codec_loss(made, wanted)
+            apart = self.listener.difference(spectra(made), spectra(wanted))
+            sums += torch.tensor([loss.item(), mel.item(), apart.item()])
         self.decoder.load_state_dict(kept)
-        return dict(zip(("loss", "mel"), (sums / len(batches)).tolist(), strict=True))
+        return dict(zip(("loss", "mel", "heard"), (sums / len(batches)).tolist(), strict=True))
 
 
 def main() -> None:
@@ -167,6 +129,7 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("data", type=Path, nargs="+")
     parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--listener", type=Path, required=True, help="what `python -m training.listener` wrote")
     parser.add_argument("--init", type=Path, help="weights to begin with instead of the base's")
     parser.add_argument("--steps", type=int, default=15_000)
     parser.add_argument("--lr", type=float, default=1.5e-3)
@@ -194,8 +157,8 @@ def main() -> None:
     sums: dict[str, float] = {}
     count = 0
     if trainer.step < options.steps:
-        for batch in DataLoader(crops, batch_size=None, num_workers=options.workers):
-            losses = trainer.learn(*batch)
+        for codes, waves, _ in DataLoader(crops, batch_size=None, num_workers=options.workers):
+            losses = trainer.learn(codes, waves)
             sums = {name: sums.get(name, 0.0) + x for name, x in losses.items()}
             count += 1
             now, done = time.monotonic(), trainer.step >= options.steps
