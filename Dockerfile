@@ -2,7 +2,8 @@
 # The CUDA libraries and the kernels' compiler come with torch's wheel; the host needs a driver and nothing else.
 FROM python:3.12-slim
 
-# Triton, which the codec's kernels are written in, builds its launcher with a C compiler.
+# Triton, which the codec's kernels are written in, builds its launcher with a C compiler: whichever Debian has.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 1000 speaker && mkdir /models && chown speaker /models
 WORKDIR /app
@@ -11,7 +12,8 @@ COPY megakernel megakernel
 COPY pipecat_qwen3 pipecat_qwen3
 RUN pip install --no-cache-dir -c constraints.txt '.[server]'
 
-USER speaker
+# A number, so that an orchestrator can tell that it is not root.
+USER 1000
 ENV HF_HOME=/models PIPECAT_QWEN3_MODEL=Qwen/Qwen3-TTS-12Hz-0.6B-CustomVoice
 VOLUME /models
 EXPOSE 8880

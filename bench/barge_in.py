@@ -11,13 +11,11 @@ name. Prints the floor first, which is the frame under way; raw samples go to be
 import argparse
 import asyncio
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
-import numpy as np
 import torch
 from loguru import logger
 from pipecat.frames.frames import (
@@ -32,9 +30,10 @@ from pipecat.pipeline.worker import PipelineWorker
 from pipecat.transports.base_output import BaseOutputTransport
 from pipecat.transports.base_transport import TransportParams
 
+from bench import report_tables
 from bench.floor import Ceiling, works
 from bench.geometry import build
-from bench.record import Record, label, options
+from bench.record import Record, engine_options, label
 from bench.served import serving, socket_url
 from bench.ways import pipeline
 from pipecat_qwen3.backend import Backend, Request, Stream
@@ -56,8 +55,6 @@ SPEAK_S = (0.1, 0.6)
 
 PATIENCE_S = 30.0
 
-TIMES = ("last_sample_s", "row_free_s", "done_s")
-
 WAYS = ("in process", "socket", "pipeline", "pipeline, socket")
 
 
@@ -72,17 +69,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     told = ", ".join(f"{ms:.2f} ms with {voices} voices" for voices, ms in floors.items())
     record.say(f"floor: half a frame and its codec on average, of {told}")
     runs = asyncio.run(_measure(args, device, dtype))
-    record.say(table(runs))
+    for line in report_tables.barge_in({"runs": runs}):
+        record.say(line)
     return record.finish(label(args.model, dtype, device), dtype=str(dtype)[6:], text=TEXT, floor_ms=floors, runs=runs)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = options("barge_in", __doc__)
-    parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hugging Face name")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
-    parser.add_argument("--max-batch", type=int, default=8, help="voices that the engine is built for")
+    parser = engine_options("barge_in", __doc__)
     parser.add_argument("--repeats", type=int, default=10, help="interruptions of each case")
     parser.add_argument("--voices", type=int, nargs="+", default=[1, 8], help="voices that speak at a time")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
@@ -263,22 +256,6 @@ def _note_streams(backend: Backend, streams: list[Stream]) -> Callable[[], None]
 
     backend.speak = speak  # type: ignore[method-assign]
     return lambda: delattr(backend, "speak")
-
-
-def table(runs: Sequence[dict[str, Any]]) -> str:
-    """Medians, 95th percentiles and the worst in milliseconds."""
-    heads = "".join(f"{head:>24}" for head in ("last sample", "row free", "server: done"))
-    lines = [f"{'ms, median (p95, worst)':<26}{'voices':>7}{heads}{'late samples':>13}"]
-    for way, voices in dict.fromkeys((run["way"], run["voices"]) for run in runs):
-        some = [run for run in runs if (run["way"], run["voices"]) == (way, voices)]
-        cells = "".join(f"{_three([run[key] for run in some]):>24}" for key in TIMES)
-        lines.append(f"{way:<26}{voices:>7}{cells}{max(run['late_samples'] for run in some):>13}")
-    return "\n".join(lines)
-
-
-def _three(seconds: Sequence[float | None]) -> str:
-    ms = [1e3 * s for s in seconds if s is not None]
-    return f"{statistics.median(ms):.1f} ({np.percentile(ms, 95):.1f}, {max(ms):.1f})" if ms else "-"
 
 
 if __name__ == "__main__":

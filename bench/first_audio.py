@@ -9,23 +9,21 @@ first text is handed over. The ways take turns in one run. Prints the floor firs
 
 import argparse
 import asyncio
-import statistics
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
 import aiohttp
-import numpy as np
 import torch
 from loguru import logger
 from pipecat.services.tts_service import TextAggregationMode
 
-from bench import typed
+from bench import report_tables, typed
 from bench.floor import Ceiling, works
 from bench.geometry import build
 from bench.hearing import hear
-from bench.record import Record, label, options
+from bench.record import Record, engine_options, label
 from bench.served import serving, socket_url
 from bench.ways import ByBackend, ByHttp, ByPipeline, Way, pipeline
 from pipecat_qwen3.device import pick_device, pick_dtype
@@ -46,8 +44,6 @@ TEXTS = (
 WAYS = ("in process", "socket", "http", "pipeline", "pipeline, tokens", "pipeline, socket", "pipeline, socket, tokens")
 """A Pipecat service speaks sentence by sentence, unless `tokens` are handed on as they come."""
 
-TIMES = ("first_byte_s", "first_playable_s", "first_audible_s")
-
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = _arguments(argv)
@@ -62,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"+ its codec {floor['codec']:.2f} = {sum(floor.values()):.2f} ms"
     )
     runs, missing = asyncio.run(_measure(args, device, dtype))
-    record.say(table(runs))
+    for line in report_tables.first_audio({"runs": runs}):
+        record.say(line)
     for way, reason in missing.items():
         record.say(f"not measured: {way}: {reason}")
     texts = [{"text": text, "tokens": typed.tokens(text)} for text in TEXTS]
@@ -71,12 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = options("first_audio", __doc__)
-    parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hugging Face name")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
-    parser.add_argument("--max-batch", type=int, default=8, help="voices that the engine is built for")
+    parser = engine_options("first_audio", __doc__)
     parser.add_argument("--repeats", type=int, default=5, help="utterances of each case that count")
     parser.add_argument("--rates", type=float, nargs="*", default=[20, 50, 100], help="tokens a second, besides whole")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
@@ -169,24 +161,6 @@ async def _piped(name: str, local: LocalBackend | None, url: str | None, skip: b
         service = Qwen3TTSService(backend=local, skip_silence=skip, text_aggregation_mode=mode)
     async with pipeline(service) as (worker, ear):
         yield ByPipeline(name, worker, ear)
-
-
-def table(runs: Sequence[dict[str, Any]]) -> str:
-    """Medians and 95th percentiles in milliseconds, a line for each way and typing speed."""
-    head = f"{'ms, median (p95)':<26}{'tokens/s':>9}{'first byte':>16}{'playable':>16}{'audible':>16}{'stalled':>9}"
-    lines = [head]
-    for way, rate in dict.fromkeys((run["way"], run["rate"]) for run in runs):
-        some = [run for run in runs if (run["way"], run["rate"]) == (way, rate)]
-        cells = [_both([run[key] for run in some]) for key in TIMES]
-        stalled = sum(run["underruns"] > 0 for run in some)
-        speed = "whole" if rate is None else f"{rate:g}"
-        lines.append(f"{way:<26}{speed:>9}{cells[0]:>16}{cells[1]:>16}{cells[2]:>16}{f'{stalled}/{len(some)}':>9}")
-    return "\n".join(lines)
-
-
-def _both(seconds: Sequence[float | None]) -> str:
-    ms = [1e3 * s for s in seconds if s is not None]
-    return f"{statistics.median(ms):.1f} ({np.percentile(ms, 95):.1f})" if ms else "-"
 
 
 if __name__ == "__main__":

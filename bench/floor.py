@@ -4,6 +4,7 @@ Counted is what the voices need: weights read once a pass for the whole batch, k
 weight and position. Padding rows, norms, softmax, sampling and launches are overhead by definition.
 """
 
+import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from bench.machine import copy_gbs, matmul_gflops, read_gbs
 from megakernel.frame_step import PIECE
 from megakernel.reference import StackWeights
 from pipecat_qwen3.codec import CodecState
+from pipecat_qwen3.codec_torch import TorchPass
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,13 @@ def works(model: Model, batch: int, position: int) -> dict[str, Work]:
 
 
 def _codec_work(model: Model, batch: int, frames: int) -> Work:
-    """Flops as torch counts them in one call."""
-    device = model.codec.tables.device
+    """Flops as torch counts them in one call of its own operations; those of a GPU's Triton kernels it does not see."""
+    codec, device = copy.copy(model.codec), model.codec.tables.device
+    codec.passes = TorchPass
     state = CodecState.zeros(model.codec_config, batch, device)
     codes = torch.zeros(batch, model.shape.codebooks, frames, dtype=torch.int64, device=device)
     with FlopCounterMode(display=False) as counter:
-        model.codec.decode(codes, state, torch.arange(batch, device=device))
+        codec.decode(codes, state, torch.arange(batch, device=device))
     return Work(_bytes(*_codec_tensors(model)), 0, counter.get_total_flops(), torch.float32)
 
 

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, 
 from dataclasses import asdict
 from multiprocessing import get_context
 
-from bench.gpu_place import LAUNCHERS, SHIPPED, VARIANTS, Place, Row, Variant, columns_for, compiled_as
+from bench.gpu_place import LAUNCHERS, SHIPPED, VARIANTS, Place, Row, Variant, columns_for
 from megakernel import build, launch
 from megakernel.build import Cubin
 from megakernel.cucpu.launcher import CpuLauncher
@@ -50,9 +50,8 @@ def compile_all(place: Place) -> Iterator[Row]:
 def _order(place: Place, shape: Shape, variant: Variant, columns: int, entry: str) -> tuple[dict[str, object], str]:
     """What GpuLauncher would compile."""
     on = place.gpu
-    with compiled_as(variant):
-        defines = launch.defines(shape, on.multiprocessors, launch.staged_bytes(on), columns, entry)
-    return defines, build.arch_for(on.name, on.capability)
+    cut = (shape, on.multiprocessors, launch.staged_bytes(on), columns, entry)
+    return launch.defines(*cut, variant.threads, variant.extra), build.arch_for(on.name, on.capability)
 
 
 def _for_the_cpu(place: Place) -> Iterator[Row]:

@@ -8,7 +8,6 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class Variant:
     """A way to compile the kernels: threads of a block, and macros on top of the usual ones."""
 
     threads: int = launch.THREADS
-    defines: Mapping[str, object] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict)
 
 
 SHIPPED = Variant()
@@ -124,8 +123,7 @@ class Place:
         if self.dry:
             return CpuLauncher(shape, blocks=2, threads=64, phases=name == "graph", fp32=False, seed=0)
         made = {"persistent": launch.PersistentLauncher, "graph": launch.GraphLauncher}[name]
-        with compiled_as(variant):
-            return made(shape, self.gpu, columns)
+        return made(shape, self.gpu, columns, variant.threads, variant.extra)
 
     def few(self, real: int, dry: int) -> int:
         """A count, or in a dry run the smaller one."""
@@ -176,18 +174,6 @@ def columns_for(voices: int) -> list[int]:
     """The compiled instances that so many voices can need."""
     most = next(n for n in INSTANCES if n >= voices)
     return [n for n in INSTANCES if n <= most]
-
-
-@contextmanager
-def compiled_as(variant: Variant) -> Iterator[None]:
-    """While open, launchers compile and launch a variant."""
-    usual = launch.defines
-
-    def defines(*arguments: Any) -> dict[str, object]:
-        return usual(*arguments) | dict(variant.defines)
-
-    with patch.object(launch, "THREADS", variant.threads), patch.object(launch, "defines", defines):
-        yield
 
 
 @contextmanager

@@ -184,6 +184,15 @@ def _without_25hz():
     sys.modules[name] = stub
 
 
+def _peak_mb():
+    """What this process held at most. Linux's ru_maxrss would begin with that of the process which started this one."""
+    if os.path.exists("/proc/self/status"):
+        with open("/proc/self/status") as status:
+            kilobytes = dict(line.split(":", 1) for line in status)["VmHWM"].split()[0]
+        return round(int(kilobytes) / 1024)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 ** (2 if sys.platform == "darwin" else 1))
+
+
 def _seed(seed):
     import torch
 
@@ -204,8 +213,7 @@ def main():
     try:
         side = SIDES[name](folder, device, dtype, int(threads), gguf)
         versions = {package: importlib.metadata.version(package) for package in side.packages}
-        loaded_mb = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        told = {"version": side.version, "versions": versions, "how": side.how, "loaded_mb": loaded_mb}
+        told = {"version": side.version, "versions": versions, "how": side.how, "loaded_mb": _peak_mb()}
         answer(**told, modes=side.modes, codec=side.codec)
         for line in sys.stdin:
             frames, took, first = side.speak(json.loads(line))

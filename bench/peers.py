@@ -38,9 +38,7 @@ TEXTS = (
     "The weather will be cold and dry tomorrow. You will want a warm coat.",
 )
 
-GGUF = (
-    "its weights are GGUF files, and PyPI has no converter; make them with its own tools and give --gguf TALKER CODEC"
-)
+GGUF = "its weights are GGUF files; make them as docs/benchmarks.md says and give --gguf TALKER CODEC"
 
 
 class Peer(NamedTuple):

@@ -25,6 +25,17 @@ def options(name: str, doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def engine_options(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """As `options`, and what a bench takes that opens an engine."""
+    parser = options(name, doc)
+    parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hugging Face name")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
+    parser.add_argument("--max-batch", type=int, default=8, help="voices that the engine is built for")
+    return parser
+
+
 class Record:
     """One run: says what it finds as it goes (with --json nothing), and keeps it."""
 

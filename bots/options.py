@@ -27,7 +27,7 @@ PROMPT = (
 
 _NEEDS = {
     "sphinx": ("pocketsphinx", "pocketsphinx", None),
-    "whisper": ("faster_whisper", "pipecat-ai[whisper]", None),
+    "whisper": ("faster_whisper", "faster-whisper", None),
     "deepgram": ("deepgram", "pipecat-ai[deepgram]", "DEEPGRAM_API_KEY"),
     "scripted": (None, None, None),
     "openai": ("openai", "pipecat-ai[openai]", "OPENAI_API_KEY"),
@@ -77,6 +77,10 @@ def warm(stt: str) -> None:
         from bots import offline
 
         offline.warm()
+    elif stt == "whisper":
+        from bots import whisper
+
+        whisper.model()
 
 
 def check_voice(voice: str | None, backend: Backend) -> None:
@@ -105,16 +109,17 @@ def taken(host: str, port: int) -> str | None:
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
-        return f"cannot listen on {host}:{port} ({error.strerror or error}); end what runs there, or choose --port"
+        why = str(error.strerror).split(" (")[0]  # the rest repeats the address
+        return f"cannot listen on {host}:{port} ({why}); end what runs there, or choose another --host or --port"
     return None
 
 
 def make_stt(args: argparse.Namespace) -> STTService:
     """The speech recognition that was asked for."""
     if args.stt == "whisper":
-        from pipecat.services.whisper.stt import WhisperSTTService
+        from bots.whisper import SharedWhisperSTTService
 
-        return WhisperSTTService()
+        return SharedWhisperSTTService()
     if args.stt == "deepgram":
         from pipecat.services.deepgram.stt import DeepgramSTTService
 

@@ -9,6 +9,10 @@ With TWILIO_ACCOUNT_SID and TWILIO_AUTH_TOKEN the bot hangs up when it is done; 
 import argparse
 import os
 
+import bots.needs  # noqa: F401 - first, so that it can say what to install
+
+# isort: split
+
 from pipecat.audio.vad.silero import SileroVADAnalyzer
 from pipecat.frames.frames import LLMRunFrame
 from pipecat.pipeline.pipeline import Pipeline

@@ -1,12 +1,14 @@
-"""What the page may choose: tells it the voices and languages there are, and applies what it picks."""
+"""What the page may choose: tells it the voices and languages there are and which speak, and applies what it picks."""
 
 from typing import Any
 
 from pipecat.frames.frames import TTSUpdateSettingsFrame
+from pipecat.observers.base_observer import BaseObserver, FramePushed
 from pipecat.pipeline.worker import PipelineWorker
 from pipecat.processors.frameworks.rtvi import RTVIProcessor
 from pipecat.processors.frameworks.rtvi.models import ClientMessage
 from pipecat.services.settings import TTSSettings
+from pipecat.utils.types import NOT_GIVEN, is_given
 
 from pipecat_qwen3 import Backend
 
@@ -37,10 +39,19 @@ def offer(worker: PipelineWorker, backend: Backend, *, voice: str | None = None,
             there = ", ".join(str(choice) for choice in choices[name] if choice)
             await rtvi.send_error_response(message, f"There is no {name} {wanted}; choose one of: {there}.")
             return
-        chosen[name] = wanted
         delta = TTSSettings(voice=wanted) if name == "voice" else TTSSettings(language=wanted)
         await worker.queue_frame(TTSUpdateSettingsFrame(delta=delta))
-        await tell()
 
+    class Chosen(BaseObserver):
+        """Tells the page what is chosen, whether it was picked there or asked for aloud."""
+
+        async def on_push_frame(self, data: FramePushed) -> None:
+            delta = data.frame.delta if isinstance(data.frame, TTSUpdateSettingsFrame) else None
+            new = {name: value for name in chosen if is_given(value := getattr(delta, name, NOT_GIVEN))}
+            if chosen != chosen | new:
+                chosen.update(new)
+                await tell()
+
+    worker.add_observer(Chosen())
     worker.rtvi.add_event_handler("on_client_ready", ready)
     worker.rtvi.add_event_handler("on_client_message", pick)

@@ -10,6 +10,10 @@ wants it here too, in --api-key or PIPECAT_QWEN3_API_KEY.
 import argparse
 import os
 
+import bots.needs  # noqa: F401 - first, so that it can say what to install
+
+# isort: split
+
 from pipecat.audio.vad.silero import SileroVADAnalyzer
 from pipecat.evals.transport import EvalTransportParams
 from pipecat.frames.frames import LLMRunFrame
@@ -32,6 +36,7 @@ from bots.page import mount_page
 from bots.picker import offer
 from bots.script import HINT
 from pipecat_qwen3 import Qwen3WebsocketTTSService, RemoteBackend
+from pipecat_qwen3.errors import ConnectionFailedError
 
 URL = "ws://127.0.0.1:8880/v1/audio/speech/ws"
 
@@ -92,7 +97,10 @@ async def bot(runner_args: RunnerArguments) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     """Ask the server who it is, before the first client comes; each client then gets a connection of its own."""
-    args.server = RemoteBackend.open(args.url, api_key=args.api_key)
+    try:
+        args.server = RemoteBackend.open(args.url, api_key=args.api_key)
+    except ConnectionFailedError as error:
+        raise ConnectionFailedError(f"{error}; start pipecat-qwen3 serve there, or choose --url") from None
     check_voice(args.voice, args.server)
 
 

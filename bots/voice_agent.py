@@ -10,6 +10,10 @@ talk to the bot as well: make eval.
 
 import argparse
 
+import bots.needs  # noqa: F401 - first, so that it can say what to install
+
+# isort: split
+
 from pipecat.audio.vad.silero import SileroVADAnalyzer
 from pipecat.evals.transport import EvalTransportParams
 from pipecat.frames.frames import LLMRunFrame

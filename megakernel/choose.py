@@ -73,4 +73,6 @@ def make_step(
     """The FrameStep of a choice; it keeps copies of the weights in the layout that it reads."""
     if choice.launcher is None:
         return TorchFrameStep(weights, shape, rows, columns, positions)
-    return KernelFrameStep(pack_frame(weights, shape), shape, rows, columns, positions, choice.launcher)
+    step = KernelFrameStep(pack_frame(weights, shape), shape, rows, columns, positions, choice.launcher)
+    step.warm()
+    return step

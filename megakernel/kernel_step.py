@@ -4,15 +4,18 @@ The launcher decides where the source runs: on a GPU in one launch or as a graph
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megakernel import reference, schedule
+from megakernel import gpu, reference, schedule
 from megakernel.frame_step import PIECE, FrameStep
+from megakernel.gpu import CudaError
 from megakernel.kernels import ATTENTION_PARTS, COLUMN, INSTANCES, PREFILL_COLUMNS, Args
 from megakernel.pack import PackedWeights
 from megakernel.sampler import Sampling
@@ -22,10 +25,16 @@ from megakernel.shape import Shape
 class Launcher(ABC):
     """Runs tables of phases on the compiled source.
 
+    shape     of the model that it was compiled for
+    dtype     of the weights, keys and values that it reads
+    most      voices that a launch can advance
     blocks    of the grid: the barrier counts them
     waits     whether the blocks of a launch wait for each other at `args.barrier`
     """
 
+    shape: Shape
+    dtype: torch.dtype
+    most: int = INSTANCES[-1]
     blocks: int
     waits: bool
     cuts: dict[schedule.Part, schedule.Cut]
@@ -43,10 +52,28 @@ class _Voice:
     sampling: Sampling
 
 
-class KernelFrameStep(FrameStep):
-    """The frame by the kernels.
+_Method = TypeVar("_Method", bound=Callable[..., object])
 
-    Raises ValueError for a step, a prefill or a tensor that does not fit, before anything is launched.
+
+def _on_the_gpu(work: _Method) -> _Method:
+    """A method whose calls on a GPU that has failed say so in one line, and what failed if the barrier knows it."""
+
+    @wraps(work)
+    def guarded(self: "KernelFrameStep", *arguments: object, **more: object) -> object:
+        try:
+            return work(self, *arguments, **more)
+        except torch.AcceleratorError as error:
+            first = str(error).partition("\n")[0]
+            raise CudaError(self._despair() or f"{work.__name__}: {first}; {gpu.LOST}") from error
+
+    return cast(_Method, guarded)
+
+
+class KernelFrameStep(FrameStep):
+    """The frame by the kernels. Its calls belong on one stream: scratch and counter are one.
+
+    Raises ValueError for weights, a step, a prefill or a tensor that does not fit, before anything is launched, and
+    CudaError once the GPU's context is lost.
     """
 
     def __init__(
@@ -61,7 +88,14 @@ class KernelFrameStep(FrameStep):
         self.weights, self.shape, self.launcher = weights, shape, launcher
         self.rows, self.columns, self.positions = rows, columns, positions
         talker, predictor = shape.talker, shape.predictor
-        device, dtype = weights.codec_head.device, weights.codec_head.dtype
+        device, dtype = weights.codec_head.device, launcher.dtype
+        reason = weights.unfit(shape, dtype)
+        if reason is None and launcher.shape != shape:
+            reason = f"the launcher was made for {launcher.shape}, but the model is {shape}"
+        if reason is None and columns > launcher.most:
+            reason = f"the launcher was made for at most {launcher.most} voices at once, but {columns} are wanted"
+        if reason is not None:
+            raise ValueError(reason)
 
         def room(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(sizes, dtype=dtype, device=device)
@@ -104,8 +138,19 @@ class KernelFrameStep(FrameStep):
         self.uniforms: Tensor | None = None
         self.patience = 2_000_000_000
         """Nanoseconds that a block waits for the others before it reports and stops the launch."""
-        self._arrived = 0
+        self._arrived: int | None = 0  # None: a launch was broken off, perhaps after it was enqueued
         self._voices: dict[int, _Voice] = {}
+
+    @_on_the_gpu
+    @torch.inference_mode()
+    def warm(self) -> None:
+        """Launch every kernel once without a voice, so that no voice waits for what is made at first use; waits."""
+        self.columns_host["row"] = -1
+        least = next(size for size in INSTANCES if size >= self.columns)
+        for columns in INSTANCES[: INSTANCES.index(least) + 1]:
+            self._launch("frame", columns)
+        self._launch("prefill", PREFILL_COLUMNS)
+        self.codes.cpu()
 
     def _args(self, table: str) -> Args:
         w = self.weights
@@ -123,20 +168,29 @@ class KernelFrameStep(FrameStep):
         args = Args(**{name: None if x is None else x.data_ptr() for name, x in tensors.items()})
         args.patience = self.patience
         args.phases, args.positions, args.rows = len(self._tables[table]), self.positions, self.rows
-        args.prefill, args.arrived = table == "prefill", self._arrived
+        args.prefill, args.arrived = table == "prefill", self._arrived or 0
         return args
 
+    def _despair(self) -> str | None:
+        """What a barrier that lost its patience has reported: no launch will ever work again."""
+        block, phase, seen, wanted = (number % 2**32 for number in self.report.tolist())
+        if not block:
+            return None
+        counts = f"{seen} arrivals, wanted {wanted}"
+        return f"block {block - 1} waited in vain before phase {phase}: {counts}; {gpu.LOST}"
+
     def _launch(self, table: str, columns: int) -> None:
-        block, phase, seen, wanted = self.report.tolist()
-        if block:
-            raise RuntimeError(
-                f"block {block - 1} waited in vain before phase {phase}: {seen} arrivals, wanted {wanted}; "
-                "the GPU's context is lost, restart the process"
-            )
+        reason = self._despair()
+        if reason is not None:
+            raise CudaError(reason)
+        if self._arrived is None:
+            self._scratch["barrier"].zero_()
+            self._arrived = 0
         self._columns.copy_(self._staging, non_blocking=True)
-        self.launcher.launch(table, columns, self._args(table))
-        if self.launcher.waits:
-            self._arrived = (self._arrived + (len(self._tables[table]) - 1) * self.launcher.blocks) % 2**32
+        args, self._arrived = self._args(table), None
+        self.launcher.launch(table, columns, args)
+        arrivals = (len(self._tables[table]) - 1) * self.launcher.blocks if self.launcher.waits else 0
+        self._arrived = (args.arrived + arrivals) % 2**32
 
     def _check(self, name: str, x: Tensor, *shape: int) -> None:
         """Refuse a tensor that is not [shape] in the weights' dtype on their device."""
@@ -145,7 +199,15 @@ class KernelFrameStep(FrameStep):
             shapes = [f"{list(size)} in {str(dtype)[6:]} on {device}" for size, dtype, device in (wanted, found)]
             raise ValueError(f"{name} should be {shapes[0]}, but is {shapes[1]}")
 
+    def _voice(self, row: int) -> _Voice:
+        if row not in self._voices:
+            raise ValueError(f"row {row} holds no voice; admit one first")
+        return self._voices[row]
+
+    @_on_the_gpu
     def admit(self, row: int, pending: Tensor, seed: int, sampling: Sampling) -> None:
+        if not 0 <= row < self.rows:
+            raise ValueError(f"a row should be one of 0..{self.rows - 1}, but is {row}")
         self._check("pending", pending, self.shape.talker.hidden)
         self._voices[row] = _Voice(0, 0, seed, sampling)
         self.pending[row] = pending
@@ -156,18 +218,24 @@ class KernelFrameStep(FrameStep):
         self._voices.pop(row, None)
 
     def position(self, row: int) -> int:
-        return self._voices[row].position
+        return self._voice(row).position
 
+    @_on_the_gpu
     def save_prefix(self, row: int) -> Tensor:
-        return self.kv[:, :, row, :, : self._voices[row].position].clone()
+        return self.kv[:, :, row, :, : self.position(row)].clone()
 
+    @_on_the_gpu
     def load_prefix(self, row: int, prefix: Tensor) -> None:
-        self.kv[:, :, row, :, : prefix.shape[3]] = prefix
-        self._voices[row].position = prefix.shape[3]
+        voice, stack = self._voice(row), self.shape.talker
+        length = prefix.shape[3] if prefix.ndim == 5 else 0
+        self._check("prefix", prefix, stack.layers, 2, stack.kv_heads, min(length, self.positions), stack.head_dim)
+        self.kv[:, :, row, :, :length] = prefix
+        voice.position = length
 
+    @_on_the_gpu
     @torch.inference_mode()
     def prefill(self, row: int, embeds: Tensor) -> None:
-        length, voice = embeds.shape[0], self._voices[row]
+        length, voice = embeds.shape[0], self._voice(row)
         if not 1 <= length <= PIECE:
             raise ValueError(f"prefill takes 1 to {PIECE} positions a call, but got {length}")
         if voice.position + length > self.positions:
@@ -186,12 +254,15 @@ class KernelFrameStep(FrameStep):
         self._launch("prefill", PREFILL_COLUMNS)
         voice.position += length
 
+    @_on_the_gpu
     @torch.inference_mode()
     def step(self, rows: Sequence[int], text: Tensor) -> Tensor:
         n = len(rows)
         if not 1 <= n <= self.columns:
             raise ValueError(f"a step advances 1 to {self.columns} voices, but {n} were named")
-        voices = [self._voices[row] for row in rows]
+        if len(set(rows)) < n:
+            raise ValueError(f"a step names a row once, but got rows {list(rows)}")
+        voices = [self._voice(row) for row in rows]
         full = [row for row, voice in zip(rows, voices, strict=True) if voice.position >= self.positions]
         if full:
             raise ValueError(f"rows {full} hold {self.positions} positions and are full")

@@ -5,7 +5,9 @@ Both run the same device functions over the same table with the same grid, so th
 
 import ctypes
 from abc import abstractmethod
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 
 import torch
 
@@ -16,6 +18,8 @@ from megakernel.kernel_step import Launcher
 from megakernel.kernels import INSTANCES, PREFILL_COLUMNS, Args
 from megakernel.schedule import Part
 from megakernel.shape import Shape
+
+NONE: Mapping[str, object] = {}
 
 THREADS = 256
 """Of a block; one block a multiprocessor. With 512 the compiler spills registers, and as many bytes are in flight."""
@@ -35,40 +39,56 @@ def staged_bytes(gpu: Gpu) -> int:
     return 1 << (17 if gpu.shared_bytes >= 220_000 else 16 if gpu.shared_bytes >= 160_000 else 15)
 
 
-def defines(shape: Shape, blocks: int, staged: int, columns: int, entry: str) -> dict[str, object]:
-    """What frame.cu is compiled with."""
-    talker, predictor = (schedule.cut(stack, blocks, THREADS // 32) for stack in (shape.talker, shape.predictor))
-    return kernels.definitions(shape, talker, predictor, columns, THREADS, staged) | {"ENTRY": ENTRIES[entry]}
+def defines(
+    shape: Shape,
+    blocks: int,
+    staged: int,
+    columns: int,
+    entry: str,
+    threads: int = THREADS,
+    extra: Mapping[str, object] = NONE,
+) -> dict[str, object]:
+    """What frame.cu is compiled with; `extra` are macros on top of the usual ones."""
+    talker, predictor = (schedule.cut(stack, blocks, threads // 32) for stack in (shape.talker, shape.predictor))
+    usual = kernels.definitions(shape, talker, predictor, columns, threads, staged)
+    return usual | {"ENTRY": ENTRIES[entry]} | dict(extra)
 
 
 class GpuLauncher(Launcher):
     """One compiled kernel for each instance that `columns` voices can need, and for prefill.
+
+    threads, extra    of a block, and macros: to compare with what ships
 
     Compiling takes up to a minute the first time; later the kernels come from the cache.
     Raises BuildError or CudaError: what keeps them from running here.
     """
 
     entry: str
+    dtype = torch.bfloat16
 
-    def __init__(self, shape: Shape, gpu: Gpu, columns: int) -> None:
-        self.shape, self.gpu, self.blocks = shape, gpu, gpu.multiprocessors
+    def __init__(
+        self, shape: Shape, gpu: Gpu, columns: int, threads: int = THREADS, extra: Mapping[str, object] = NONE
+    ) -> None:
+        self.shape, self.gpu, self.blocks, self.threads = shape, gpu, gpu.multiprocessors, threads
         self.cuts = {
-            Part.TALKER: schedule.cut(shape.talker, self.blocks, THREADS // 32),
-            Part.PREDICTOR: schedule.cut(shape.predictor, self.blocks, THREADS // 32),
+            Part.TALKER: schedule.cut(shape.talker, self.blocks, threads // 32),
+            Part.PREDICTOR: schedule.cut(shape.predictor, self.blocks, threads // 32),
         }
         self.cuts[Part.PREDICTOR_FIRST] = self.cuts[Part.PREDICTOR]
-        most = next(n for n in INSTANCES if n >= columns)
-        wanted = sorted({n for n in INSTANCES if n <= most} | {PREFILL_COLUMNS})
+        self.most = next(n for n in INSTANCES if n >= columns)
+        wanted = sorted({n for n in INSTANCES if n <= self.most} | {PREFILL_COLUMNS})
         arch, staged = build.arch_for(gpu.name, gpu.capability), staged_bytes(gpu)
+
+        def compiled(n: int) -> build.Cubin:
+            return build.compile(defines(shape, self.blocks, staged, n, self.entry, threads, extra), arch)
+
         with ThreadPoolExecutor(4) as pool:
-            cubins = list(
-                pool.map(lambda n: build.compile(defines(shape, self.blocks, staged, n, self.entry), arch), wanted)
-            )
+            cubins = list(pool.map(compiled, wanted))
         self.kernels: dict[int, Kernel] = {}
         self._launches: dict[int, Launch] = {}
         for n, cubin in zip(wanted, cubins, strict=True):
             self.kernels[n] = cuda_kernel.load(cubin, gpu)[self.entry]
-            self._launches[n] = self._prepare(self.kernels[n], kernels.shared_bytes(shape, n, THREADS, staged))
+            self._launches[n] = self._prepare(self.kernels[n], kernels.shared_bytes(shape, n, threads, staged))
 
     @abstractmethod
     def _prepare(self, kernel: Kernel, shared: int) -> Launch: ...
@@ -80,7 +100,7 @@ class PersistentLauncher(GpuLauncher):
     entry, waits = "persistent", True
 
     def _prepare(self, kernel: Kernel, shared: int) -> Launch:
-        return Launch(kernel, self.blocks, THREADS, shared, cooperative=True)
+        return Launch(kernel, self.blocks, self.threads, shared, cooperative=True)
 
     def launch(self, table: str, columns: int, args: Args) -> None:
         self._launches[columns](args, torch.cuda.current_stream().cuda_stream)
@@ -91,12 +111,13 @@ class GraphLauncher(GpuLauncher):
 
     entry, waits = "phase", False
 
-    def __init__(self, shape: Shape, gpu: Gpu, columns: int) -> None:
-        super().__init__(shape, gpu, columns)
-        self._graphs: dict[tuple[int, bytes], torch.cuda.CUDAGraph] = {}
+    @cached_property
+    def _graphs(self) -> dict[tuple[int, bytes], torch.cuda.CUDAGraph]:
+        """By instance and arguments: a graph reads what its pointers were when it was captured."""
+        return {}
 
     def _prepare(self, kernel: Kernel, shared: int) -> Launch:
-        return Launch(kernel, self.blocks, THREADS, shared, overlap=True)
+        return Launch(kernel, self.blocks, self.threads, shared, overlap=True)
 
     def launch(self, table: str, columns: int, args: Args) -> None:
         key = columns, bytes(args)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megakernel.reference import FrameWeights, LayerWeights, StackWeights
-from megakernel.shape import Shape
+from megakernel.shape import Shape, StackShape
 
 
 def pack_matrix(weight: Tensor) -> Tensor:
@@ -52,6 +52,41 @@ class PackedWeights:
     predictor_norms: Tensor
     embeddings: Tensor
     inputs: Tensor
+
+    def unfit(self, shape: Shape, dtype: torch.dtype) -> str | None:
+        """What a kernel for this shape and dtype would not find where it reads, in one line, or None."""
+        talker, predictor, others = shape.talker, shape.predictor, shape.codebooks - 1
+        device, between = self.codec_head.device, predictor.hidden if shape.projected else 0
+        projection, bias = (None, None) if self.projection is None else self.projection
+        wanted = {
+            "talker": (self.talker, _layers_size(talker), dtype),
+            "predictor": (self.predictor, _layers_size(predictor), dtype),
+            "codec_head": (self.codec_head, shape.vocab * talker.hidden, dtype),
+            "heads": (self.heads, others * shape.codes * predictor.hidden, dtype),
+            "projection": (projection, between * talker.hidden, dtype),
+            "projection's bias": (bias, between, torch.float32),
+            "talker_norms": (self.talker_norms, _norms_size(talker), torch.float32),
+            "predictor_norms": (self.predictor_norms, _norms_size(predictor), torch.float32),
+            "embeddings": (self.embeddings, shape.codebooks * shape.codes * talker.hidden, dtype),
+            "inputs": (self.inputs, others * shape.codes * predictor.hidden, dtype),
+        }
+        for name, (x, size, kind) in wanted.items():
+            if x is None:
+                if size:
+                    return f"the packed weights should have a {name} of {size} values, but have none"
+            elif (x.numel(), x.dtype, x.device, x.is_contiguous()) != (size, kind, device, True):
+                found = f"{x.numel()} in {str(x.dtype)[6:]} on {x.device}{'' if x.is_contiguous() else ', with gaps'}"
+                wanted_size = f"{size} values in {str(kind)[6:]} on {device}"
+                return f"{name} of the packed weights should be {wanted_size}, but is {found}"
+        return None
+
+
+def _layers_size(s: StackShape) -> int:
+    return s.layers * s.hidden * (2 * s.q_size + 2 * s.kv_size + 3 * s.intermediate)
+
+
+def _norms_size(s: StackShape) -> int:
+    return s.layers * 2 * (s.hidden + s.head_dim) + s.hidden
 
 
 def _matrices(layer: LayerWeights) -> Tensor:

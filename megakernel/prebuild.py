@@ -7,6 +7,7 @@ On other GPUs, and for other models, the kernels are compiled at first use, whic
 
 from megakernel import build, launch
 from megakernel.gpu import Gpu
+from megakernel.kernels import INSTANCES
 from megakernel.shape import Shape, StackShape
 
 _PREDICTOR = StackShape(5, 1024, 3072, 16, 8, 128)
@@ -19,8 +20,6 @@ MODELS = (
 GPUS = (("NVIDIA A100", "sm_80", 108, 166_912), ("NVIDIA H100 or H200", "sm_90", 132, 232_448))
 """Name, architecture, multiprocessors, and shared memory that a block can have."""
 
-COLUMNS = (4, 8, 16)
-
 
 def main() -> None:
     """Compile all of them, and print what was made."""
@@ -29,7 +28,7 @@ def main() -> None:
         gpu = Gpu(0, name, (int(arch[3]), int(arch[4:])), multiprocessors, shared, 0, True, (13, 0), "")
         staged = launch.staged_bytes(gpu)
         for shape in MODELS:
-            wanted += [(launch.defines(shape, multiprocessors, staged, n, "persistent"), arch) for n in COLUMNS]
+            wanted += [(launch.defines(shape, multiprocessors, staged, n, "persistent"), arch) for n in INSTANCES]
     paths = build.prebuild(wanted)
     size = sum(path.stat().st_size for path in paths)
     print(f"{len(paths)} cubins, {size / 1e6:.1f} MB, in {build.CUBINS}")

@@ -118,6 +118,7 @@ class Result:
     frames          spoken frames (the end-of-speech id is none)
     codes           int16 [frames, codebooks], what was spoken
     skipped_samples leading silence that was dropped on request
+    restarts        times the talker ended before its text, the rest of which was then spoken as from a new prompt
     error           set when end is "error"
     """
 
@@ -126,6 +127,7 @@ class Result:
     seed: int
     error: TTSError | None = None
     skipped_samples: int = 0
+    restarts: int = 0
     codes: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 

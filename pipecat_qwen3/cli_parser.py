@@ -186,5 +186,11 @@ def _add_serve(serve: Parser) -> None:
     serve.add_argument(
         "--max-connections", type=number(int, 1), default=512, metavar="N", help="requests and sockets at once"
     )
+    serve.add_argument(
+        "--max-connections-per-client",
+        type=number(int, 1),
+        metavar="N",
+        help="of them, from one address (that of the proxy, if there is one)",
+    )
     _add_model(serve)
     _add_device(serve)

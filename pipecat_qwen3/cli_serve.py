@@ -21,7 +21,7 @@ def run(args: Namespace) -> int:
     from pipecat_qwen3.server_speaker import Limits, Speaker
 
     server_log.set_up()
-    limits = Limits(connections=args.max_connections)
+    limits = Limits(connections=args.max_connections, per_client=args.max_connections_per_client)
 
     def load() -> Backend:
         from pipecat_qwen3.local import LocalBackend

@@ -37,10 +37,20 @@ DEFAULTS: Mapping[str, Any] = {
     "profile": "latency",
     "replicas": 1,
     "max_replicas": 0,
+    "ongoing": 0,
+    "surge": 0,
     "gpus": 0.0,
     "cpus": 1.0,
 }
-"""What `build` takes. gpus and cpus are of one replica; more max_replicas than replicas scales with the requests."""
+"""What `build` takes.
+
+ongoing  open requests and sockets that one replica should have, if max_replicas is more than replicas; 0 is max_batch
+surge    replicas in percent that a rolling restart may start before it ends old ones; they need room of their own
+gpus     of one replica, as cpus
+"""
+
+UPSCALE_S = 5.0
+"""Ray would watch a crowd for half a minute before it begins to load another replica."""
 
 _here: list[Speaker] = []
 """The one Speaker of a replica's process: Ray makes the Replica before it asks for the application."""
@@ -74,14 +84,21 @@ def build(options: Mapping[str, Any]) -> serve.Application:
     chosen = {name: type(default)(options.get(name, default)) for name, default in DEFAULTS.items()}
     scale: dict[str, Any] = {"num_replicas": chosen["replicas"]}
     if chosen["max_replicas"] > chosen["replicas"]:
-        bounds = {"min_replicas": chosen["replicas"], "max_replicas": chosen["max_replicas"]}
-        scale = {"autoscaling_config": {**bounds, "target_ongoing_requests": chosen["max_batch"]}}
+        scale = {
+            "autoscaling_config": {
+                "min_replicas": chosen["replicas"],
+                "max_replicas": chosen["max_replicas"],
+                "target_ongoing_requests": chosen["ongoing"] or chosen["max_batch"],
+                "upscale_delay_s": UPSCALE_S,
+            }
+        }
     deployment = serve.deployment(
         name=NAME,
         max_ongoing_requests=LIMITS.connections,
         # A replica that goes takes no new connections and waits for its sockets to move on and its voices to end.
         graceful_shutdown_timeout_s=(LIMITS.socket_s or 0) + 90,
         graceful_shutdown_wait_loop_s=1,
+        max_surge_percent=chosen["surge"],
         ray_actor_options={
             "num_cpus": chosen["cpus"],
             "num_gpus": chosen["gpus"],

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megakernel import gpu
 from megakernel.frame_step import PIECE, FrameStep
 from pipecat_qwen3.backend import End, Load
 from pipecat_qwen3.codec_runner import CodecRunner, Samples
@@ -76,6 +77,7 @@ class Engine:
         self._changed = threading.Condition()
         self._awake = False
         self._closing = False
+        self._closed = "the engine is closed; open the model again"
         self._thread = threading.Thread(target=self._run, name="pipecat-qwen3 engine", daemon=True)
         self._thread.start()
         at_exit(self.close)
@@ -97,7 +99,7 @@ class Engine:
         """Queue an utterance and return at once. Raises OverloadedError or EngineError."""
         with self._changed:
             if not self.alive:
-                raise EngineError("the engine is closed; open the model again")
+                raise EngineError(self._closed)
             if len(self._inbox) + len(self._waiting) >= self._max_waiting:
                 raise OverloadedError(f"{self._max_waiting} utterances are waiting already; try again later")
             self._inbox.append(utterance)
@@ -129,7 +131,10 @@ class Engine:
                     busy = self._tick()
                 except Exception as error:
                     logger.exception("a tick of the engine failed")
-                    self._end_all(EngineError(f"the engine failed: {type(error).__name__}: {error}"))
+                    first = str(error).partition("\n")[0]  # CUDA adds several lines of advice for programmers
+                    if _gpu_is_lost(error):
+                        self._closed, self._closing = gpu.LOST, True
+                    self._end_all(EngineError(f"the engine failed: {type(error).__name__}: {first}"))
                     busy = True
                 if not busy:
                     self._sleep()
@@ -181,6 +186,10 @@ class Engine:
                 self._end(u, "error", error)
             elif u.text.ended and not u.tokens:
                 self._end(u, "eos")  # a text stream that never said anything
+            elif u.text.ended and u.resting and not u.can_start:  # nothing but a full stop was left
+                u.finished_text = True
+                self._leave(u)
+                self._hand_over([u], {id(u): "eos"})
             elif u.stream.first_taken_at is None and u.codes and now - u.first_frame_at > UNTAKEN_S:
                 self._end(u, "error", EngineError(f"nobody took the audio for {UNTAKEN_S:.0f} s; take it or cancel"))
             elif u.starving and now - u.last_text_at > TEXT_TIMEOUT_S:
@@ -209,7 +218,7 @@ class Engine:
                 f"the prompt has {prompt.positions} positions and its row holds {self.step.positions}; "
                 "shorten the text or the instruction, or open the model with more positions"
             )
-        self.step.admit(row, prompt.pending, u.stream.seed, u.sampling)
+        self.step.admit(row, prompt.pending, (u.stream.seed + u.restarts) % 2**63, u.sampling)
         self.codec.reset(row)
         prefix = self._prefixes.get(u.voice)
         if prefix is not None:
@@ -265,9 +274,13 @@ class Engine:
         codes = self.step.step(rows, text)
         self._deliver(wait=True)  # while the GPU is at this frame
         ends: dict[int, End] = {}
+        early: list[Utterance] = []
         for b, (u, row, values) in enumerate(zip(ready, rows, codes.cpu().numpy(), strict=True)):
             if values[0] == ids.codec_eos:
-                ends[id(u)] = "eos"
+                if u.ended_early:
+                    early.append(u)
+                else:
+                    ends[id(u)] = "eos"
                 continue
             u.spoke(values)
             u.buffered.append(codes[b])
@@ -275,11 +288,16 @@ class Engine:
             if end is not None:
                 ends[id(u)] = end
         cost = self._frame_cost_s
-        due = [u for u in ready if id(u) in ends or u.delivery.due(len(u.buffered), len(u.codes), cost)]
+        due = [u for u in ready if id(u) in ends or u in early or u.delivery.due(len(u.buffered), len(u.codes), cost)]
         self._hand_over(due, ends)
         for u in ready:
             if id(u) in ends:
                 self._leave(u)
+        for u in early:
+            logger.warning("a voice ended before its text, which goes on as another one (seed %d)", u.stream.seed)
+            self._leave(u)
+            u.rest()
+            self._waiting.appendleft(u)
         self._deliver(wait=False)
 
     def _hand_over(self, voices: list[Utterance], ends: Mapping[int, End] = NO_ENDS) -> None:
@@ -314,7 +332,7 @@ class Engine:
             for u, wave in zip(voices, waves, strict=True):
                 end = ends.get(id(u))
                 if wave is not None and not u.stream.cancelled:
-                    u.delivery.deliver(wave, fade=(end or "eos") != "eos")
+                    u.delivery.deliver(wave, (end or "eos") != "eos", self._frame_cost_s)
                 if end is not None:
                     u.delivery.last_words(natural=end == "eos" and u.finished_text)
                     self._end(u, end)
@@ -347,12 +365,21 @@ class Engine:
             self._end(u, "error", error)
 
 
+def _gpu_is_lost(error: Exception) -> bool:
+    return isinstance(error, torch.AcceleratorError) or gpu.LOST in str(error)
+
+
 def _guarded(work: Callable[..., TTSError | None], *arguments: object) -> TTSError | None:
-    """Do one voice's work; what goes wrong in it is returned, so that it ends this voice and no other."""
+    """Do one voice's work; what goes wrong in it is returned, so that it ends this voice and no other.
+
+    Where the GPU is lost, it is raised.
+    """
     try:
         return work(*arguments)
     except TTSError as error:
         return error
     except Exception as error:
+        if _gpu_is_lost(error):
+            raise
         logger.exception("an utterance failed")
         return EngineError(f"the utterance failed: {type(error).__name__}: {error}")

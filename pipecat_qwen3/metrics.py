@@ -48,6 +48,9 @@ class Metrics:
             name("utterances"), "Utterances by how they ended: eos, cap, runaway, cancelled, error", ["end"],
             registry=registry,
         )  # fmt: skip
+        self.restarts = Counter(
+            name("early_ends"), "Times the talker ended before its text and was started again", registry=registry
+        )
         self.errors = Counter(name("errors"), "Failures by code", ["code"], registry=registry)
         self.underruns = Counter(
             name("underruns"), "Chunks that came after a player without buffer had run dry", registry=registry
@@ -120,6 +123,7 @@ class Watch:
         (metrics.waiting if self._first is None else metrics.speaking).dec()
         end = "cancelled" if cancelled else result.end if result else "error"
         metrics.ends.labels(end).inc()
+        metrics.restarts.inc(result.restarts if result else 0)
         if self._samples and end in ("eos", "cap", "runaway"):
             metrics.rtf.observe((self._last - self._arrived) / (self._samples / SAMPLE_RATE))
 

@@ -27,12 +27,14 @@ class Playback:
     began    monotonic() when the first sample was handed over
     end      seconds at which all that was handed over will have been heard
     spoken   whether any of it was speech
+    said     the words of the utterance that is being spoken, so far
     """
 
     streams: set[Stream] = field(default_factory=set)
     began: float | None = None
     end: float = 0.0
     spoken: bool = False
+    said: list[str] = field(default_factory=list)
 
     def place(self, samples: int) -> float:
         """Append so many 24 kHz samples; returns the second at which the first of them will be heard."""
@@ -53,7 +55,15 @@ class Playback:
     def words_of(self, chunk: Chunk) -> list[tuple[str, float]]:
         """Append a chunk; returns its words with their seconds in the context. The last chunk may be words alone."""
         utterance = self.place(len(chunk.pcm)) - chunk.first_sample / SAMPLE_RATE
+        self.said += [word for word, _ in chunk.words]
         return [(word, max(0.0, utterance + seconds)) for word, seconds in chunk.words]
+
+    def unsaid(self, text: str) -> str:
+        """What is left of an utterance's text behind the words that were said."""
+        at = 0
+        for word in self.said:
+            at = max(at, text.find(word, at) + len(word))
+        return text[at:].strip()
 
 
 class Resampler:

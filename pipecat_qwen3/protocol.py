@@ -212,6 +212,7 @@ def spoken(result: Result, with_codes: bool) -> dict[str, Any]:
         "frames": result.frames,
         "seed": result.seed,
         "skipped_samples": result.skipped_samples,
+        "restarts": result.restarts,
     }
     if with_codes and result.codes is not None:
         told["codes"] = base64.b64encode(result.codes.astype("<i2").tobytes()).decode()
@@ -224,7 +225,8 @@ def parse_spoken(told: Mapping[str, Any]) -> Result:
     codes = None
     if "codes" in told:
         codes = np.frombuffer(base64.b64decode(told["codes"]), "<i2").reshape(-1, told["codebooks"]).astype(np.int16)
-    return Result(told["end"], told["frames"], told["seed"], skipped_samples=told["skipped_samples"], codes=codes)
+    counts = {"skipped_samples": told["skipped_samples"], "restarts": told.get("restarts", 0)}
+    return Result(told["end"], told["frames"], told["seed"], **counts, codes=codes)
 
 
 def done(context_id: str, end: str, utterances: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import secrets
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -24,7 +25,14 @@ from websockets.exceptions import InvalidStatus, WebSocketException
 
 from pipecat_qwen3 import protocol
 from pipecat_qwen3.backend import Chunk, Request, Result, Stream
-from pipecat_qwen3.errors import BadRequestError, ConnectionFailedError, EngineError, TTSError, UnauthorizedError
+from pipecat_qwen3.errors import (
+    BadRequestError,
+    ConnectionFailedError,
+    EngineError,
+    OverloadedError,
+    TTSError,
+    UnauthorizedError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +40,16 @@ GOING_AWAY = 1001
 """Close code of a server that wants its clients to connect again, perhaps to another one."""
 
 PING_S = 5.0
-"""A dead peer is noticed after two of these."""
+"""How often the server is asked whether it lives; one that says nothing for two of these is given up."""
 
 CLOSE_S = 1.0
 """A server may take so long to say goodbye."""
 
-BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses between attempts to reconnect, the last one again and again; who wants to speak ends a pause."""
+
+LASTING_S = 0.1
+"""A connection that was over sooner was none: the pauses go on to grow."""
 
 
 @functools.cache
@@ -76,6 +87,7 @@ class RemoteBackend:
         *,
         api_key: str | None = None,
         connect_s: float = 5.0,
+        ping_s: float = PING_S,
         on_change: Callable[[TTSError | None], None] | None = None,
     ) -> None:
         """Connect to nothing yet.
@@ -83,6 +95,7 @@ class RemoteBackend:
         url        ws://HOST:PORT/v1/audio/speech/ws or wss://…
         api_key    what the server has in PIPECAT_QWEN3_API_KEY
         connect_s  an attempt to connect may take so long
+        ping_s     how often the server is asked whether it lives; one that says nothing for two of these is given up
         on_change  called on the network thread, with None when connected, with the reason when that is over
         """
         if not url.startswith(("ws://", "wss://")):
@@ -93,7 +106,7 @@ class RemoteBackend:
         self.model = url
         self.ready = False
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._connect_s, self._on_change = connect_s, on_change
+        self._connect_s, self._ping_s, self._on_change = connect_s, ping_s, on_change
         self._closed = False
         self._ids = itertools.count(1)
         self._contexts: dict[str, _Context] = {}
@@ -106,9 +119,9 @@ class RemoteBackend:
         self._ended = threading.Event()
 
     @classmethod
-    def open(cls, url: str, *, api_key: str | None = None, connect_s: float = 5.0) -> Self:
+    def open(cls, url: str, *, api_key: str | None = None, connect_s: float = 5.0, ping_s: float = PING_S) -> Self:
         """Connect; blocks until then. Raises ConnectionFailedError or UnauthorizedError."""
-        backend = cls(url, api_key=api_key, connect_s=connect_s)
+        backend = cls(url, api_key=api_key, connect_s=connect_s, ping_s=ping_s)
         backend._start()
         try:
             backend._settled.result()
@@ -268,10 +281,11 @@ class RemoteBackend:
     async def _keep_connected(self) -> None:
         pauses = iter(BACKOFF_S)
         while True:
+            connected_at = math.inf
             try:
                 async with self._connect() as socket:
                     self._greet(json.loads(await asyncio.wait_for(socket.recv(), self._connect_s)))
-                    pauses = iter(BACKOFF_S)
+                    connected_at = self._loop.time()
                     writing = asyncio.create_task(self._write(socket))
                     try:
                         async for message in socket:
@@ -279,7 +293,8 @@ class RemoteBackend:
                     finally:
                         writing.cancel()
                 error: TTSError = ConnectionFailedError(f"{self.url} closed the connection {_close_reason(socket)}")
-                if socket.close_code == GOING_AWAY and self._say_again():
+                lasted = self._loop.time() - connected_at > LASTING_S
+                if socket.close_code == GOING_AWAY and lasted and self._say_again():
                     continue
             except InvalidStatus as refused:
                 error = self._refused(refused.response.status_code)
@@ -288,6 +303,8 @@ class RemoteBackend:
                 what = "the connection broke" if self.ready else "no connection"
                 error = ConnectionFailedError(f"{what} to {self.url}: {reason}")
             self._lost(error)
+            if self._loop.time() - connected_at > LASTING_S:
+                pauses = iter(BACKOFF_S)
             pause = None if isinstance(error, UnauthorizedError) else next(pauses, BACKOFF_S[-1])
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wanted.wait(), pause)
@@ -301,14 +318,16 @@ class RemoteBackend:
             compression=None,
             max_size=None,
             open_timeout=self._connect_s,
-            ping_interval=PING_S,
-            ping_timeout=PING_S,
+            ping_interval=self._ping_s,
+            ping_timeout=self._ping_s,
             close_timeout=CLOSE_S,
         )
 
     def _refused(self, status: int) -> TTSError:
         if status in (401, 403):
             return UnauthorizedError(f"{self.url} wants another API key (HTTP {status}); set api_key")
+        if status == 429:
+            return OverloadedError(f"{self.url} has no room for another connection (HTTP 429); try again later")
         return ConnectionFailedError(f"{self.url} refused the connection with HTTP {status}")
 
     def _greet(self, hello: dict[str, Any]) -> None:

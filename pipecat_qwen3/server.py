@@ -84,15 +84,16 @@ def create_app(speaker: Speaker, api_key: str | None = None) -> FastAPI:
         backend = speaker.backend
         return {"voices": list(backend.voices), "languages": list(backend.languages), "aliases": dict(speaker.aliases)}
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        """The process lives."""
-        return {"status": "ok"}
+    @app.get("/health", responses={503: {"description": "The backend has failed; restart the process."}})
+    async def health() -> Response:
+        """The process lives, and can speak or will be able to."""
+        return JSONResponse({"status": "failed"}, 503) if speaker.broken else JSONResponse({"status": "ok"})
 
-    @app.get("/ready", responses={503: {"description": "Loading, or shutting down."}})
+    @app.get("/ready", responses={503: {"description": "Loading, shutting down, or failed."}})
     async def ready() -> Response:
         """Warm: a request is spoken without loading or compiling anything."""
-        state = "ready" if speaker.ready else "draining" if speaker.draining else "loading"
+        waiting = "failed" if speaker.broken else "draining" if speaker.draining else "loading"
+        state = "ready" if speaker.ready else waiting
         return JSONResponse({"status": state}, 200 if speaker.ready else 503)
 
     @app.get("/metrics", responses={"4XX": {"description": "No key.", "content": _ERROR}})

@@ -8,6 +8,7 @@ import logging
 import re
 import time
 import uuid
+from collections import Counter
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -33,7 +34,7 @@ class Gate:
     def __init__(self, app: ASGIApp, speaker: Speaker, api_key: str | None) -> None:
         self._app, self._speaker = app, speaker
         self._key = api_key.encode() if api_key else None
-        self._open = 0
+        self._open: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request pass, or answer it."""
@@ -55,33 +56,40 @@ class Gate:
                 }
             await send(message)
 
-        self._open += 1
-        self._speaker.metrics.connections.set(self._open)
+        client = (scope.get("client") or ("",))[0]
+        self._open[client] += 1
+        self._speaker.metrics.connections.set(self._open.total())
         try:
-            no = None if scope["path"] in OPEN_PATHS else self._refuse(headers)
+            no = None if scope["path"] in OPEN_PATHS else self._refuse(headers, self._open[client])
             if no is not None:
                 await no(scope, receive, answer)
             else:
                 await self._app(scope, self._limited(receive), answer)
         finally:
-            self._open -= 1
-            self._speaker.metrics.connections.set(self._open)
+            self._open[client] -= 1
+            self._open += Counter()  # forgets those that have none
+            self._speaker.metrics.connections.set(self._open.total())
             if scope["path"] not in OPEN_PATHS:
                 method = scope.get("method", "WEBSOCKET")
                 told = {"method": method, "path": scope["path"], "status": status}
                 logger.info("request", extra={**told, "seconds": round(time.monotonic() - began, 4)})
             request_id.reset(token)
 
-    def _refuse(self, headers: Headers) -> Response | None:
+    def _refuse(self, headers: Headers, of_client: int) -> Response | None:
         limits = self._speaker.limits
         if self._key is not None:
             scheme, _, key = headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._key):
                 wanted = UnauthorizedError("this server wants an API key: Authorization: Bearer KEY")
                 return failure(wanted)
-        if self._open > limits.connections:
-            many = f"{limits.connections} connections are open already; try again later"
-            return refusal(429, many, "overloaded", "rate_limit_error")
+        for count, most, whose in (
+            (self._open.total(), limits.connections, "are open"),
+            (of_client, limits.per_client or limits.connections, "of this address are open"),
+        ):
+            if count > most:
+                return refusal(
+                    429, f"{most} connections {whose} already; try again later", "overloaded", "rate_limit_error"
+                )
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()) or int(length) > limits.body:
             return refusal(413, f"a body should have at most {limits.body} bytes", "bad_request")

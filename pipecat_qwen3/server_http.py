@@ -132,7 +132,9 @@ class SpeechResponse(Response):
                 # The answer stays without its end, which every HTTP client reports as a broken transfer.
                 logger.error("speech broke off", extra={"code": error.code, "error": str(error)})
             return
-        if voice.cancelled:
+        if voice.cancelled:  # by a client that has left, or because the server ends
+            if not started:
+                await failure(EngineError("the server ended before this voice could speak"))(scope, receive, write)
             return
         if not started:
             await write({"type": "http.response.start", "status": 200, "headers": self._headers()})

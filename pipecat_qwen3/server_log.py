@@ -9,6 +9,9 @@ from datetime import UTC, datetime
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the request or socket that the running task serves."""
 
+_NO_NEWS = ("ASGI callable returned without completing handshake", "Invalid UTF-8 sequence", "Invalid HTTP request")
+"""What uvicorn says of sockets that were refused with a proper answer, and of peers that send rubbish."""
+
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
@@ -35,8 +38,7 @@ def set_up(level: str = "info") -> None:
     """Send every library's log through stderr as lines of JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    # Uvicorn complains so about every socket that was refused with a proper HTTP answer.
-    handler.addFilter(lambda record: "without completing handshake" not in record.getMessage())
+    handler.addFilter(lambda record: not record.getMessage().startswith(_NO_NEWS))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "websockets"):
         logging.getLogger(name).handlers.clear()

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp
 
 from pipecat_qwen3.errors import TTSError
 from pipecat_qwen3.server_speaker import Speaker
+from pipecat_qwen3.server_wire import SocketConnection, http_connection, raise_open_files
 
 _PING_S = 10.0
 """A client that vanished without a word is noticed after two of these."""
@@ -34,6 +35,8 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=http_connection(speaker.limits),
+                ws=SocketConnection,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -76,6 +79,7 @@ class Server(uvicorn.Server):
 
 def serve(app: ASGIApp, speaker: Speaker, listener: socket.socket) -> None:
     """Serve until a signal says to end."""
+    raise_open_files()
     server = Server(app, speaker)
     speaker.on_failure = server.end
     server.run(sockets=[listener])

@@ -116,6 +116,12 @@ class _Context:
             raise BadRequestError(
                 f"a context should have at most {limit} characters, but has {self._characters}; begin another one"
             )
+        if message.text:
+            self._speak_later(message)
+        if message.flush:
+            self.flush()
+
+    def _speak_later(self, message: protocol.Text) -> None:
         settings = message.settings()
         if self._open is not None and self._open.settings != settings:
             self._open.pieces.put_nowait(None)
@@ -124,8 +130,6 @@ class _Context:
             self._open = _Part(settings, message.codes, message.text if message.flush else None)
             self._parts.put_nowait(self._open)
         self._open.pieces.put_nowait(message.text)
-        if message.flush:
-            self.flush()
 
     def flush(self) -> None:
         """No more text will come."""
@@ -210,6 +214,7 @@ class Session:
 
     async def run(self) -> None:
         """Serve the client until it leaves; then every voice of it is cancelled."""
+        self.speaker.admit()
         backend = self.speaker.backend
         await self._socket.accept(
             protocol.SUBPROTOCOL if protocol.SUBPROTOCOL in self._socket.scope["subprotocols"] else None
@@ -218,7 +223,6 @@ class Session:
         ageing = asyncio.create_task(self._age())
         try:
             await self.sender.send(protocol.hello(backend.model, backend.voices, backend.languages, SAMPLE_RATE))
-            await self.leave_if_done()
             async for message in receive(self._socket, self.sender):
                 await self._take(message)
         finally:

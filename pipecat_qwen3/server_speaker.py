@@ -32,18 +32,22 @@ class Limits:
     """What one process takes on.
 
     connections  requests and sockets at once
+    per_client   of them, from one address; None: as many as there are
     contexts     on one socket
     text         characters of one utterance
     body         bytes of a request body or a socket message
+    read_s       a request that is not complete after so long is answered with 408
     write_s      a reader that takes nothing for so long is dropped
     drain_s      after SIGTERM, voices may speak on for so long
     socket_s     an older socket is closed in its next silence, so that its client moves on; None: never
     """
 
     connections: int = 512
+    per_client: int | None = None
     contexts: int = 64
     text: int = 4096
     body: int = 65_536
+    read_s: float = 20.0
     write_s: float = 10.0
     drain_s: float = 30.0
     socket_s: float | None = None
@@ -132,6 +136,11 @@ class Speaker:
     def ready(self) -> bool:
         """Warm, and taking requests."""
         return self._backend is not None and self._backend.ready and not self.draining
+
+    @property
+    def broken(self) -> bool:
+        """The backend was there and is no more, as after a failure of the GPU: only another process can speak."""
+        return self._backend is not None and not self._backend.ready
 
     @property
     def backend(self) -> Backend:

@@ -8,11 +8,13 @@ import asyncio
 import inspect
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
 from loguru import logger
-from pipecat.frames.frames import CancelFrame, EndFrame, Frame, TTSAudioRawFrame
+from pipecat.frames.frames import CancelFrame, ControlFrame, EndFrame, Frame, TTSAudioRawFrame, TTSTextFrame
+from pipecat.processors.frame_processor import FrameDirection
 from pipecat.services.settings import TTSSettings
 from pipecat.services.tts_service import TTSService
 from pipecat.transcriptions.language import Language
@@ -28,6 +30,17 @@ from pipecat_qwen3.service_settings import CATEGORIES, LANGUAGES, SPOKEN_SETTING
 
 _PATIENCE_S = 30.0
 """An engine that gives nothing for so long is reported; uninterruptible speech would wait for it for ever."""
+
+
+@dataclass
+class Unspoken(ControlFrame):
+    """A mark in an audio context: the words from here on, until the mark with `over`, were never spoken.
+
+    The framework gives every text that was handed over to the conversation in the end, also one whose speech failed.
+    """
+
+    context_id: str = ""
+    over: bool = False
 
 
 class SpeechService(TTSService):
@@ -83,6 +96,7 @@ class SpeechService(TTSService):
         self._playbacks: dict[str, Playback] = {}
         self._replies: dict[str, Reply] = {}
         self._turns: deque[str] = deque(maxlen=64)
+        self._unspoken: set[str] = set()
 
     def can_generate_metrics(self) -> bool:
         """Report TTFB, TTFA, processing time and characters."""
@@ -115,6 +129,8 @@ class SpeechService(TTSService):
     async def on_turn_context_created(self, context_id: str) -> None:
         """Remember which contexts will be told that their text is complete; text outside a turn never is."""
         self._turns.append(context_id)
+        if not self.is_usable:
+            self._unspoken.add(context_id)
         await super().on_turn_context_created(context_id)
 
     async def on_audio_context_interrupted(self, context_id: str) -> None:
@@ -142,6 +158,7 @@ class SpeechService(TTSService):
         for cid in [context_id] if context_id else list(self._playbacks):
             if reply := self._replies.pop(cid, None):
                 reply.end()
+            self._unspoken.discard(cid)
             playback = self._playbacks.pop(cid, None)
             for stream in playback.streams if playback else ():
                 stream.cancel()
@@ -157,6 +174,13 @@ class SpeechService(TTSService):
             self._sync_model_name_to_metrics()
         self._warn_unhandled_updated_settings(changed.keys() - set(SPOKEN_SETTINGS))
         return changed
+
+    async def push_frame(self, frame: Frame, direction: FrameDirection = FrameDirection.DOWNSTREAM) -> None:
+        """Push a frame on, unless it tells the conversation of words that were never spoken."""
+        if isinstance(frame, Unspoken):
+            (self._unspoken.discard if frame.over else self._unspoken.add)(frame.context_id)
+        elif not (isinstance(frame, TTSTextFrame) and frame.context_id in self._unspoken):
+            await super().push_frame(frame, direction)
 
     # -- speech ----------------------------------------------------------------------------------------------
 
@@ -174,6 +198,8 @@ class SpeechService(TTSService):
             to the context as it comes. Errors are pushed, not yielded.
         """
         playback = self._playbacks.setdefault(context_id, Playback())
+        if context_id in self._unspoken:  # the service was not usable, and is again
+            await self.append_to_audio_context(context_id, Unspoken(context_id, over=True))
         if self._is_streaming_tokens:
             await self._take_token(text, context_id, playback)
             yield None
@@ -186,6 +212,7 @@ class SpeechService(TTSService):
         if late_start:  # the turn began with silence, which is no first byte: measure this sentence instead
             await self.start_ttfb_metrics()
         stream = None
+        playback.said.clear()
         try:
             stream = self._speak(text, self._spoken_settings(), playback)
             await self.start_tts_usage_metrics(text)
@@ -194,12 +221,15 @@ class SpeechService(TTSService):
                     await self.stop_ttfb_metrics()
                     late_start = False
                 yield frame
+            if stream.result and stream.result.end != "eos":
+                await self._leave_unspoken(playback.unsaid(text), playback, context_id)
         except asyncio.CancelledError:
             await self._abandon_ttfb(playback)
             raise
         except TTSError as error:
             await self._report(error)
             yield await self._silence(playback, context_id)
+            await self._leave_unspoken(playback.unsaid(text), playback, context_id)
         finally:
             if stream:
                 stream.cancel()
@@ -228,6 +258,7 @@ class SpeechService(TTSService):
                     await self.append_to_audio_context(context_id, frame)
         except TTSError as error:
             await self._report(error)
+            await self.append_to_audio_context(context_id, Unspoken(context_id))
             reply.end()
         finally:
             for stream in playback.streams:
@@ -251,6 +282,17 @@ class SpeechService(TTSService):
         if (pcm := await resample.flush()) and not stream.cancelled:
             yield TTSAudioRawFrame(pcm, self.sample_rate, 1, context_id=context_id)
         self._warn_of_bad_end(stream.result, text())
+
+    async def _leave_unspoken(self, text: str, playback: Playback, context_id: str) -> None:
+        """Let the framework pass over the rest of a sentence, without a word of it for the conversation.
+
+        When the service has just become unusable, over the rest of the context.
+        """
+        if text:
+            await self.append_to_audio_context(context_id, Unspoken(context_id))
+            await self.add_word_timestamps([(text, playback.end)], context_id)
+        if self.is_usable:
+            await self.append_to_audio_context(context_id, Unspoken(context_id, over=True))
 
     def _spoken_settings(self) -> dict[str, Any]:
         return {name: assert_given(getattr(self._settings, name)) for name in SPOKEN_SETTINGS}

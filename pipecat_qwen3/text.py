@@ -7,6 +7,7 @@ id (an arbitrary cut changes earlier ids in more than half of all cases). Knows 
 import re
 import threading
 import unicodedata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,6 +58,16 @@ class TextStream:
         if not self._started and not self._held.strip():
             return []  # whitespace alone is nothing to speak
         return self._release(len(self._held))
+
+    def again(self, text: str) -> tuple["TextStream", list[int]]:
+        """Another stream that begins with `text` and ends, or goes on, as this one; and the first ids of it."""
+        other = TextStream(self._tokenizer)
+        ids = other.feed(text)
+        return other, ids + other.end() if self.ended else ids
+
+    def says_something(self, ids: Sequence[int]) -> bool:
+        """Whether there is a letter or digit in these ids; half a character counts as one."""
+        return any(c.isalnum() or c == "\ufffd" for c in self._tokenizer.decode(list(ids)))
 
     def _release(self, cut: int) -> list[int]:
         ready, self._held = self._held[:cut], self._held[cut:]

@@ -13,8 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from megakernel.sampler import Sampling
-from pipecat_qwen3.backend import End, Layout, Request, Result, Stream
-from pipecat_qwen3.delivery import Delivery
+from pipecat_qwen3.backend import SAMPLE_RATE, End, Layout, Request, Result, Stream
+from pipecat_qwen3.delivery import FRAME_SECONDS, Delivery
 from pipecat_qwen3.errors import BadRequestError, TTSError
 from pipecat_qwen3.prompt import Prompt, Voice
 from pipecat_qwen3.text import TextStream, well_formed
@@ -40,6 +40,7 @@ class Utterance:
     text_ids      ids not yet spoken, in the streaming layout; all ids so far, in the whole layout
     tokens        text ids seen so far, for the length cap
     finished_text EOS has been fed: from here on every frame adds PAD
+    restarts      times the talker ended before its text, the rest of which was then spoken as from a new prompt
     """
 
     request: Request
@@ -56,6 +57,7 @@ class Utterance:
     text_ids: deque[int] = field(default_factory=deque)
     tokens: int = 0
     finished_text: bool = False
+    restarts: int = 0
     row: int | None = None
     prompt: Prompt | None = None
     prefilled: int = 0
@@ -126,12 +128,45 @@ class Utterance:
     @property
     def starving(self) -> bool:
         """Nothing can happen before more text, or its end, has come."""
-        return not self.text.ended and (self.layout == "whole" or not self.text_ids)
+        nothing = self.layout == "whole" or not self.text_ids or (self.resting and not self.can_start)
+        return not self.text.ended and nothing
 
     @property
     def can_start(self) -> bool:
-        """The prompt can be built: at once in the streaming layout, when all text is there in the whole layout."""
-        return self.layout == "streaming" or self.text.ended
+        """The prompt can be built: at once in the streaming layout, when all text is there in the whole layout.
+
+        For text that is left over, when there is a word in it.
+        """
+        if self.layout == "whole":
+            return self.text.ended
+        return not self.resting or self.text.says_something(self.text_ids)
+
+    @property
+    def resting(self) -> bool:
+        """The talker ended before its text, and has not begun again."""
+        return self.restarts > 0 and self.row is None
+
+    @property
+    def ended_early(self) -> bool:
+        """An end of speech now would leave text behind that is still to be read.
+
+        A text given as a whole ends as the official code ends it.
+        """
+        more = bool(self.text_ids) or not self.text.ended
+        return more and self.layout == "streaming" and not isinstance(self.request.text, str)
+
+    def rest(self) -> None:
+        """The talker ended before its text: be as before the first frame, with the words that were not spoken yet.
+
+        Which those are is what the word times say: the talker reads faster than it speaks.
+        """
+        self.restarts += 1
+        seconds = len(self.codes) * FRAME_SECONDS - self.delivery.skipped / SAMPLE_RATE
+        self.text_ids.clear()
+        self.text, ids = self.text.again(self.words.unspoken(seconds))
+        self.text_ids.extend(ids)  # they are counted already, so the cap holds however often this happens
+        self.prompt, self.prefilled, self.same_code = None, 0, 0
+        self.last_text_at = time.monotonic()
 
     @property
     def is_prefilled(self) -> bool:
@@ -176,5 +211,10 @@ class Utterance:
         self.stop_reading()
         codes = np.stack(self.codes).astype(np.int16) if self.codes else None
         self.stream.finish(
-            Result(end, len(self.codes), self.stream.seed, error, skipped_samples=self.delivery.skipped, codes=codes)
+            Result(
+                *(end, len(self.codes), self.stream.seed, error),
+                skipped_samples=self.delivery.skipped,
+                restarts=self.restarts,
+                codes=codes,
+            )
         )

@@ -34,6 +34,7 @@ class WordTimes:
         self._text = ""
         self._at = 0
         self._last = 0.0
+        self._left = -1
         self._complete = False
 
     def feed(self, text: str) -> None:
@@ -56,6 +57,13 @@ class WordTimes:
             words.append((match.group(), self._last))
             self._at = match.end()
         return tuple(words)
+
+    def unspoken(self, seconds: float) -> str:
+        """The text from the first word on that begins after `seconds` of audio; at least a word less at every call."""
+        starts = (match.start() for match in _WORD.finditer(self._text))
+        reached = max(seconds * self._rate.characters_per_second, self._left + 1)
+        self._left = next((start for start in starts if start >= reached), len(self._text))
+        return self._text[self._left :]
 
     def rest(self, seconds: float, natural: bool) -> tuple[tuple[str, float], ...]:
         """The words left when the speech ends at `seconds`: spread over the audio that remains.

@@ -13,11 +13,11 @@ import wave
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import soxr
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import connect
 
 from bots.offline import hear
 
@@ -67,7 +67,7 @@ class Bot:
     def __exit__(self, *_: object) -> None:
         self.process.send_signal(signal.SIGINT)
         try:
-            self.process.wait(20)
+            self.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
@@ -83,10 +83,18 @@ class Bot:
         return "\n".join(self.lines)
 
 
-class Talker:
-    """One client over the transport of Pipecat's evals: types or speaks, and keeps what it gets."""
+class Wire(Protocol):
+    """What carries RTVI messages."""
 
-    def __init__(self, socket: ClientConnection) -> None:
+    async def send(self, message: str, /) -> None: ...
+
+    async def recv(self) -> str | bytes: ...
+
+
+class Talker:
+    """One client, over the transport of Pipecat's evals or another one: types or speaks, and keeps what it gets."""
+
+    def __init__(self, socket: Wire) -> None:
         self._socket = socket
         self.messages: list[dict[str, Any]] = []
         self._audio: list[tuple[int, np.ndarray]] = []
@@ -114,11 +122,15 @@ class Talker:
                 message = json.loads(await self._socket.recv())
                 if message["type"] == "eval-bot-audio":
                     data = message["data"]
-                    self._audio.append((data["sampleRate"], np.frombuffer(base64.b64decode(data["audio"]), np.int16)))
+                    self.hears(data["sampleRate"], np.frombuffer(base64.b64decode(data["audio"]), np.int16))
                     continue
                 self.messages.append(message)
                 if condition(message):
                     return message
+
+    def hears(self, rate: int, samples: np.ndarray) -> None:
+        """Keep speech of the bot, int16."""
+        self._audio.append((rate, samples))
 
     async def event(self, kind: str) -> dict[str, Any]:
         return await self.until(lambda message: message["type"] == kind)

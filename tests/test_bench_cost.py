@@ -8,6 +8,10 @@ import torch
 from safetensors import safe_open
 
 from bench import memory, step
+from bench.floor import works
+from bench.geometry import build
+from pipecat_qwen3.codec_stream import Product
+from pipecat_qwen3.codec_torch import TorchPass
 from pipecat_qwen3.local import LocalBackend
 
 
@@ -41,6 +45,20 @@ def test_more_voices_than_the_step_is_built_for_are_refused(capsys: pytest.Captu
     with pytest.raises(SystemExit):
         step.main(["--batch", "4", "--max-batch", "2"])
     assert "--batch 4 needs --max-batch of at least that" in capsys.readouterr().err
+
+
+def test_the_floor_counts_the_codec_s_flops_whoever_computes_them(tiny: Callable[..., Path]) -> None:
+    class Unseen(TorchPass):
+        """Stands for kernels whose flops torch does not count."""
+
+        def product(self, x: torch.Tensor, p: Product, plus: torch.Tensor | None = None) -> torch.Tensor:
+            raise NotImplementedError
+
+    model = build(str(tiny("custom_voice")), torch.float32, torch.device("cpu"))
+    counted = works(model, 2, 8)["codec"].flops
+    assert counted > 0
+    model.codec.passes = Unseen
+    assert works(model, 2, 8)["codec"].flops == counted
 
 
 def test_memory_is_told_by_part_and_each_tensor_once(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ import torch
 from bench import gpu_frames, gpu_parity, gpu_soak
 from bench.gpu import STEPS, Child, Suite
 from bench.gpu_parity import Side
-from bench.gpu_place import VARIANTS, Place, Variant, compiled_as
+from bench.gpu_place import VARIANTS, Place
 from bench.gpu_table import sound, table
-from megakernel import cucpu, launch, schedule
+from megakernel import cucpu, schedule
 from megakernel.kernel_step import KernelFrameStep
 from megakernel.shape import Shape
 
@@ -222,16 +222,6 @@ def test_every_phase_of_a_frame_belongs_to_a_kind(place: Place) -> None:
     kinds = gpu_frames.kinds(shape)
     assert len(kinds) == 2 * len(schedule.Op)
     assert sorted(phase for own in kinds.values() for phase in own) == sorted(schedule.frame(shape))
-
-
-def test_a_variant_is_compiled_with_its_threads_and_macros_and_leaves_nothing_behind(place: Place) -> None:
-    usual = launch.THREADS
-    shape = place.shape("tiny")
-    with compiled_as(Variant(512, {"READ_AHEAD": 4})):
-        defines = launch.defines(shape, 132, 1 << 17, 8, "persistent")
-    assert (defines["THREADS"], defines["READ_AHEAD"]) == (512, 4)
-    defines = launch.defines(shape, 132, 1 << 17, 8, "persistent")
-    assert (defines["THREADS"], "READ_AHEAD" in defines) == (usual, False)
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------

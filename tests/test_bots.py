@@ -8,6 +8,7 @@ import sys
 import wave
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pipecat.evals.scenario import EvalScenarioFile
@@ -15,6 +16,7 @@ from pipecat.evals.script import EvalScriptScenario
 from pipecat.frames.frames import (
     BotStartedSpeakingFrame,
     BotStoppedSpeakingFrame,
+    EndFrame,
     Frame,
     InterruptionFrame,
     LLMContextFrame,
@@ -25,13 +27,16 @@ from pipecat.frames.frames import (
 from pipecat.metrics.metrics import TTFAMetricsData
 from pipecat.observers.base_observer import FramePushed
 from pipecat.pipeline.pipeline import Pipeline
+from pipecat.pipeline.worker import PipelineWorker
 from pipecat.processors.aggregators.llm_context import LLMContext
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
 from pipecat.tests.utils import run_test
+from pipecat.workers.runner import WorkerRunner
 
 from bots.latency import LatencyReport
 from bots.offline import ScriptedLLMService, hear
 from bots.options import BotParser, missing, taken
+from bots.picker import offer
 from bots.script import GREETING, QUESTIONS, everything, reply, words_of
 from pipecat_qwen3.service import Qwen3TTSService
 from tests.fakes import FakeBackend
@@ -174,6 +179,24 @@ async def test_a_language_is_switched_to_if_the_voice_speaks_it(languages: tuple
     assert spoken == (german if "german" in languages else english)
 
 
+async def test_a_language_that_was_asked_for_aloud_is_told_to_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = FakeBackend(languages=("english", "german"))
+    worker = PipelineWorker(Pipeline([ScriptedLLMService(languages=backend.languages)]))
+    told: list[dict[str, Any]] = []
+
+    async def tell(message: dict[str, Any]) -> None:
+        told.append(message)
+
+    monkeypatch.setattr(worker.rtvi, "send_server_message", tell)
+    offer(worker, backend, voice="slt")
+    context = LLMContext([{"role": "user", "content": "Please speak German."}])
+    await worker.queue_frames([LLMContextFrame(context), EndFrame()])
+    runner = WorkerRunner(handle_sigint=False)
+    await runner.add_workers(worker)
+    await runner.run()
+    assert [(there["voice"], there["language"]) for there in told] == [("slt", "german")]
+
+
 async def test_the_script_writes_word_by_word() -> None:
     context = LLMContext([{"role": "user", "content": "who are you"}])
     down, _ = await run_test(ScriptedLLMService(), frames_to_send=[LLMContextFrame(context)], start_timeout=10)
@@ -269,13 +292,27 @@ def test_what_is_missing_is_said_in_one_line(
 def test_a_missing_package_is_named_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install" in str(missing("whisper"))
-    assert "pipecat-ai[whisper]" in str(missing("whisper"))
+    assert "faster-whisper" in str(missing("whisper"))
+
+
+@pytest.mark.parametrize("bot", ["voice_agent", "remote_agent", "phone"])
+def test_a_bot_without_the_packages_of_its_extra_says_what_to_install(bot: str) -> None:
+    program = f"""
+import importlib.util, runpy
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in ("fastapi", "soxr") else find(name, *rest)
+runpy.run_module("bots.{bot}", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    wanted = "this bot needs packages (fastapi, soxr): run pip install 'pipecat-qwen3[bots]'\n"
+    assert (done.returncode, done.stderr) == (1, wanted)
 
 
 def test_a_taken_port_is_said_before_anything_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        assert "choose --port" in str(taken("127.0.0.1", port))
+        told = f"cannot listen on 127.0.0.1:{port} (Address already in use); end what runs there, or choose another"
+        assert str(taken("127.0.0.1", port)).startswith(told)
     assert taken("127.0.0.1", port) is None
 
 

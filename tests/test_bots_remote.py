@@ -49,3 +49,4 @@ def test_a_server_that_is_not_there_is_said_in_one_line() -> None:
     bot = Bot("remote_agent", "--url", "ws://127.0.0.1:1/v1/audio/speech/ws", before=NO_TORCH)
     assert bot.ended() != 0
     assert "127.0.0.1:1" in bot.lines[-1]
+    assert bot.lines[-1].endswith("start pipecat-qwen3 serve there, or choose --url")

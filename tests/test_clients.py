@@ -1,5 +1,6 @@
 """Clients that others wrote, unmodified, against `pipecat-qwen3 serve` as a process with the embedded voice."""
 
+import asyncio
 import contextlib
 import io
 import json
@@ -204,6 +205,9 @@ async def test_a_server_killed_in_the_middle_is_an_error_within_a_second_and_the
         await recorder.until(count(TTSStoppedFrame))
         assert service.is_usable
         again = Process("--max-batch", "2", "--port", process.ws.split(":")[2].split("/")[0], key=KEY)
+        async with asyncio.timeout(20):
+            while not (service._remote.ready and service.is_usable):  # noqa: ASYNC110 - the network thread's
+                await asyncio.sleep(0.05)
         before = len(recorder.frames)
         await worker.queue_frame(TTSSpeakFrame(HELLO))
         await recorder.until(lambda frames: count(TTSStoppedFrame)(frames[before:]))

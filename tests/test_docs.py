@@ -62,6 +62,6 @@ def test_options_that_the_documents_give_to_serve_are_there() -> None:
         [sys.executable, "-m", "pipecat_qwen3", "serve", "--help"], capture_output=True, text=True, check=True
     ).stdout
     for path in DOCUMENTS:
-        for command in re.findall(r"pipecat-qwen3 serve((?:[ \\\n]+[-/\w.]+)*)", path.read_text()):
+        for command in re.findall(r"pipecat-qwen3 serve((?:(?: |\\\n)+[-/\w.]+)*)", path.read_text()):
             for option in re.findall(r"--[a-z-]+", command):
                 assert option in listed, f"{path.name}: {option}"

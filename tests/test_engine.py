@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from megakernel import gpu
 from pipecat_qwen3.backend import FRAME_SAMPLES, Backend, Chunk, Load, Request, Stream
 from pipecat_qwen3.codec_runner import Samples
 from pipecat_qwen3.delivery import Delivery
@@ -674,6 +675,21 @@ def test_a_failing_step_ends_the_voices_with_an_error_and_the_engine_goes_on(own
     again = own.speak(Request(text="Hello", max_frames=3))
     list(again)
     assert again.wait().frames == 3
+
+
+@pytest.mark.parametrize("where", ["step", "prefill"])
+def test_when_the_gpu_is_lost_all_voices_end_and_no_other_is_taken(own: LocalBackend, where: str) -> None:
+    def lost(*_: object) -> None:
+        raise gpu.CudaError(f"stepping: CUDA_ERROR_LAUNCH_FAILED; {gpu.LOST}\nCompile with TORCH_USE_CUDA_DSA")
+
+    setattr(own.engine.step, where, lost)
+    with pytest.raises(EngineError, match="restart it") as caught:
+        list(own.speak(Request(text="Hello", max_frames=3)))
+    assert "\n" not in str(caught.value)
+    own.engine._thread.join(10)
+    assert not own.ready
+    with pytest.raises(EngineError, match="restart it"):
+        list(own.speak(Request(text="Hello", max_frames=3)))
 
 
 class Beside(Samples):

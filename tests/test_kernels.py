@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from megakernel import cucpu, reference, sampler, schedule
 from megakernel.choose import Choice
 from megakernel.cucpu.launcher import CpuLauncher
 from megakernel.frame_step import FrameStep, TorchFrameStep
+from megakernel.gpu import CudaError
+from megakernel.kernel_step import KernelFrameStep
 from megakernel.kernels import unfit
 from megakernel.sampler import Sampling
 from megakernel.schedule import Op, Part, Phase
@@ -23,12 +26,15 @@ from tests.kernel_cases import (
     CODES,
     EOS,
     PLAIN,
+    PROJECTED,
     SHAPES,
+    WIDE,
     DisturbedStep,
     Voice,
     assert_as_good_as,
     cast,
     kernel_step,
+    packed_weights,
     speak,
     spoken,
     voice,
@@ -93,6 +99,24 @@ def test_a_frame_has_the_codes_of_the_twin(shape: str, batch: int, launcher: dic
             torch.testing.assert_close(step.pending[row], twin.pending[row], rtol=1e-5, atol=1e-5)
             known = step.position(row)
             torch.testing.assert_close(step.kv[:, :, row, :, :known], twin.kv[:, :, row, :, :known], rtol=0, atol=1e-4)
+
+
+@LAUNCHERS
+def test_a_row_of_4096_positions_is_filled_to_the_last(phases: bool) -> None:
+    speaker, left = voice(PLAIN, 1, 4096 - 8 - 3), {}  # a prompt of 8, and 3 frames
+    for name, step in (
+        ("twin", twin_step(PLAIN, 2, 2, 4096)),
+        ("kernel", kernel_step(PLAIN, 2, 2, 4096, phases=phases)),
+    ):
+        speaker.join(step, 1)
+        codes = speak(step, {1: speaker}, [[1]] * 3)[1]
+        assert step.position(1) == 4096
+        left[name] = codes, step.save_prefix(1)
+        with pytest.raises(ValueError, match=r"rows \[1\] hold 4096 positions and are full"):
+            step.step([1], speaker.text[:1])
+    assert len(spoken(left["kernel"][0])) == 3
+    assert torch.equal(left["kernel"][0], left["twin"][0])
+    torch.testing.assert_close(left["kernel"][1], left["twin"][1], rtol=0, atol=1e-4)
 
 
 def test_the_voices_of_the_parity_test_end_and_do_not_end() -> None:
@@ -553,7 +577,7 @@ def test_the_embedded_voice_says_through_the_kernels_what_it_says_through_the_tw
         "pipecat_qwen3.local.choose",
         lambda _name, _device, _dtype, shape, _batch: Choice("persistent", "a test", CpuLauncher(shape)),
     )
-    kernels = LocalBackend.open("embedded", device="cpu", dtype="fp32", max_batch=8, positions=256)
+    kernels = LocalBackend.open("embedded", device="cpu", dtype="fp32", max_batch=4, positions=256)
     said = []
     for backend in (embedded, kernels):
         step, codes = backend.engine.step, []
@@ -601,9 +625,122 @@ def test_misuse_is_named_before_anything_is_launched() -> None:
         step.step([0], torch.zeros(2, 64))
     with pytest.raises(ValueError, match=r"embeds should be .* float32 on cpu, but is .* bfloat16"):
         step.prefill(0, torch.zeros(3, 64, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"text should be .* float32 on cpu, but is .* on meta"):
+        step.step([0], torch.zeros(1, 64, device="meta"))
     with pytest.raises(ValueError, match=r"pending should be \[64\]"):
         step.admit(1, torch.zeros(3), 0, Sampling())
+    with pytest.raises(ValueError, match=r"a row should be one of 0\.\.3, but is -1"):
+        step.admit(-1, torch.zeros(64), 0, Sampling())
+    with pytest.raises(ValueError, match=r"a step names a row once, but got rows \[0, 0\]"):
+        step.step([0, 0], torch.zeros(2, 64))
+    with pytest.raises(ValueError, match="row 2 holds no voice; admit one first"):
+        step.step([2], torch.zeros(1, 64))
+    with pytest.raises(ValueError, match=r"prefix should be \[2, 2, 2, 48, 32\] .*, but is \[2, 2, 2, 49, 32\]"):
+        step.load_prefix(0, torch.zeros(2, 2, 2, 49, 32))
     assert step._arrived == before
+
+
+def test_tensors_with_gaps_are_read_as_what_they_hold() -> None:
+    said = []
+    for gaps in (1, 3):
+        step, speaker = kernel_step(PLAIN), voice(PLAIN, 1)
+        spread = {name: getattr(speaker, name).repeat_interleave(gaps, -1)[..., ::gaps] for name in ("prompt", "text")}
+        speaker = replace(speaker, pending=speaker.pending.repeat_interleave(gaps)[::gaps], **spread)
+        assert speaker.text.is_contiguous() == (gaps == 1)
+        speaker.join(step, 0)
+        said.append(speak(step, {0: speaker}, [[0]] * 2)[0])
+    assert torch.equal(*said)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            {"talker": torch.zeros(7)},
+            r"talker of the packed weights should be \d+ values in float32 on cpu, but is 7 in",
+        ),
+        ({"heads": torch.zeros(3, 64, 128)[..., ::2]}, "heads of .* but is 12288 in float32 on cpu, with gaps"),
+        (
+            {"codec_head": torch.zeros(1088 * 64).bfloat16()},
+            "codec_head of .* in float32 on cpu, but is .* in bfloat16",
+        ),
+        ({"inputs": torch.zeros(3, 64, 64, device="meta")}, "inputs of .* on cpu, but is 12288 in float32 on meta"),
+        ({"predictor_norms": torch.zeros(320).bfloat16()}, "predictor_norms of .* float32 on cpu, but is .* bfloat16"),
+        ({"projection": (torch.zeros(4096), torch.zeros(64))}, "projection of .* should be 0 values .* but is 4096"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_weights_that_are_not_the_model_s_are_refused_by_name(change: dict, why: str) -> None:
+    packed = replace(packed_weights(PLAIN, torch.float32), **change)
+    with pytest.raises(ValueError, match=why):
+        KernelFrameStep(packed, PLAIN, 4, 4, 64, CpuLauncher(PLAIN))
+
+
+def test_weights_without_the_projection_that_the_model_has_are_refused() -> None:
+    packed = replace(packed_weights(PROJECTED, torch.float32), projection=None)
+    with pytest.raises(ValueError, match="should have a projection of 8192 values, but have none"):
+        KernelFrameStep(packed, PROJECTED, 4, 4, 64, CpuLauncher(PROJECTED))
+
+
+def test_a_launcher_of_another_model_or_for_fewer_voices_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the launcher was made for Shape.*, but the model is Shape"):
+        KernelFrameStep(packed_weights(PLAIN, torch.float32), PLAIN, 4, 4, 64, CpuLauncher(WIDE))
+    with pytest.raises(ValueError, match="made for at most 32 voices at once, but 33 are wanted"):
+        KernelFrameStep(packed_weights(PLAIN, torch.float32), PLAIN, 40, 33, 64, CpuLauncher(PLAIN))
+
+
+@LAUNCHERS
+def test_warming_launches_every_kernel_once_and_touches_no_row(phases: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, launched = kernel_step(PLAIN, columns=6, phases=phases, noise="large"), []
+    launch = step.launcher.launch
+    monkeypatch.setattr(step.launcher, "launch", lambda *what: (launched.append(what[:2]), launch(*what)))
+    before = [tensor.clone() for tensor in (step.kv, step.pending, step.history, step.done)]
+    step.warm()
+    assert launched == [("frame", 4), ("frame", 8), ("prefill", 16)]
+    assert all(map(torch.equal, before, (step.kv, step.pending, step.history, step.done)))
+
+
+@pytest.mark.parametrize("enqueued", [False, True])
+def test_a_launch_that_is_broken_off_does_not_loosen_the_barrier(
+    enqueued: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speaker, said = voice(PLAIN, 1), []
+    for broken in (False, True):
+        step = kernel_step(PLAIN)
+        speaker.join(step, 0)
+        if broken:
+            launch = step.launcher.launch
+
+            def interrupted(*what: Any, launch: Any = launch) -> None:
+                if enqueued:
+                    launch(*what)
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(step.launcher, "launch", interrupted)
+                step.step([0], speaker.text[:1])
+            speaker.join(step, 0)
+        said.append(speak(step, {0: speaker}, [[0]] * 2)[0])
+    assert torch.equal(*said)
+
+
+@pytest.mark.parametrize("report", [[0, 0, 0, 0], [3, 7, -5, 2]])
+def test_a_gpu_that_has_failed_is_told_in_one_line(report: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    step = kernel_step(PLAIN)
+    step.admit(0, torch.zeros(64), 0, Sampling())
+
+    def failed(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be ...")
+
+    monkeypatch.setattr(step, "_check", failed)  # the first call that reaches the GPU
+    step.report[:] = torch.tensor(report)
+    lost = "a kernel that ran before has failed, and this process cannot use the GPU any more; restart it"
+    with pytest.raises(CudaError) as told:
+        step.step([0], torch.zeros(1, 64))
+    if report[0]:
+        assert str(told.value) == f"block 2 waited in vain before phase 7: {2**32 - 5} arrivals, wanted 2; {lost}"
+    else:
+        assert str(told.value) == f"step: CUDA error: unspecified launch failure; {lost}"
 
 
 def test_too_few_resident_blocks_are_reported_and_do_not_hang() -> None:
@@ -621,7 +758,7 @@ def test_a_barrier_that_has_lost_its_patience_says_where_it_waited_for_whom() ->
     step = kernel_step(PLAIN)
     step.admit(0, torch.zeros(64), 0, Sampling())
     speak(step, {0: voice(PLAIN, 0)}, [[0]])
-    before = step._arrived
+    before = step._arrived or 0
     step.launcher.resident = 3  # type: ignore[attr-defined]
     with pytest.raises(cucpu.Trapped, match="the grid barrier timed out"):
         step.step([0], torch.zeros(1, 64))

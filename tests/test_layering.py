@@ -94,7 +94,7 @@ LIBRARIES = {
     "websockets": ["pipecat_qwen3.remote"],
     "fastapi": ["pipecat_qwen3.server", "pipecat_qwen3.cluster"],
     "starlette": [*ROOMS["server"]],
-    "uvicorn": ["pipecat_qwen3.server_run"],
+    "uvicorn": ["pipecat_qwen3.server_run", "pipecat_qwen3.server_wire"],
     "prometheus_client": ["pipecat_qwen3.metrics"],
     "av": ["pipecat_qwen3.audio_formats"],
     "ray": ["pipecat_qwen3.cluster"],

@@ -68,6 +68,19 @@ def test_ci_runs_the_test_command_of_the_readme_and_then_the_page_where_there_is
     assert second == "make test-web" if browser else second.startswith("the page is not tested")
 
 
+def test_the_workflows_run_what_a_laptop_can_run() -> None:
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    runs = [line for path in workflows for line in re.findall(r"- run: (.+)", path.read_text())]
+    assert len(runs) == 3
+    for line in runs:
+        setting, command, *targets = shlex.split(re.sub(r"\$\{\{.*?\}\}", "", line))
+        assert setting == "PYTHON=python"
+        if command == "make":
+            make("-n", *targets)
+        else:
+            assert os.access(ROOT / command, os.X_OK)
+
+
 def test_a_test_that_fails_fails_ci(tmp_path: Path) -> None:
     (tmp_path / "make").write_text("#!/bin/sh\nexit 3\n")
     (tmp_path / "make").chmod(0o755)

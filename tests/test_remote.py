@@ -1,13 +1,20 @@
 """RemoteBackend against a real server on loopback: streams, errors, vanishing peers, barge-ins."""
 
 import asyncio
+import contextlib
+import json
 import random
+import socket
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import numpy as np
 import pytest
+from websockets.sync.server import ServerConnection, serve
 
+from pipecat_qwen3 import protocol
+from pipecat_qwen3 import remote as remote_module
 from pipecat_qwen3.backend import Backend, Chunk, Request, Stream
 from pipecat_qwen3.errors import (
     BadRequestError,
@@ -54,6 +61,48 @@ async def pieces(*texts: str) -> AsyncIterator[str]:
     for text in texts:
         yield text
         await asyncio.sleep(0.01)
+
+
+class Wire:
+    """A cable to a server: when it is cut, nothing passes and nobody is told."""
+
+    def __init__(self, port: int) -> None:
+        self.cut = threading.Event()
+        self._port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._ends: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self.ws = f"ws://127.0.0.1:{self._listener.getsockname()[1]}/v1/audio/speech/ws"
+
+    def __enter__(self) -> "Wire":
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(10)
+        for end in [self._listener, *self._ends]:
+            end.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._port))
+                self._ends += [near, far]
+                for source, sink in ((near, far), (far, near)):
+                    self._threads.append(threading.Thread(target=self._pump, args=(source, sink)))
+                    self._threads[-1].start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not self.cut.is_set():
+                    sink.sendall(data)
 
 
 def until(condition, seconds: float = 10) -> None:
@@ -210,6 +259,68 @@ def test_it_connects_again_when_the_server_is_back(fake: FakeBackend) -> None:
         remote.close()
 
 
+def test_a_server_that_neither_answers_nor_closes_is_given_up_and_found_again(
+    fake: FakeBackend, server: Served
+) -> None:
+    fake.pace = 1.0
+    with Wire(server.port) as wire:
+        remote = RemoteBackend.open(wire.ws, ping_s=0.2)
+        stream = remote.speak(Request("A long sentence whose end nobody will hear."))
+        next(iter(stream))
+        wire.cut.set()
+        assert isinstance(error := stream.wait(20).error, ConnectionFailedError)
+        assert "ping" in str(error)
+        assert not remote.ready
+        wire.cut.clear()
+        fake.pace = None
+        assert np.array_equal(pcm(list(remote.speak(Request("Hello.")))), fake.speech("Hello."))
+        remote.close()
+
+
+def farewell(peer: ServerConnection) -> None:
+    """A server that greets and goes at once."""
+    peer.send(json.dumps(protocol.hello("fake", ("rms",), ("english",), 24000)))
+    peer.close(1001, "connect again")
+
+
+def refusal(peer: ServerConnection) -> None:
+    """One that has nothing to say."""
+    peer.close(1011, "no")
+
+
+@pytest.mark.parametrize("behaviour", [farewell, refusal])
+def test_it_does_not_hammer_a_server_that_sends_it_away(
+    monkeypatch: pytest.MonkeyPatch, behaviour: Callable[[ServerConnection], None]
+) -> None:
+    monkeypatch.setattr(remote_module, "BACKOFF_S", (0.01, 0.01, 600.0))
+    calls: list[int] = []
+
+    def counted(peer: ServerConnection) -> None:
+        calls.append(1)
+        behaviour(peer)
+
+    with serve(counted, "127.0.0.1", 0) as hostile:
+        thread = threading.Thread(target=hostile.serve_forever)
+        thread.start()
+        remote = RemoteBackend(f"ws://127.0.0.1:{hostile.socket.getsockname()[1]}")
+        assert isinstance(remote.speak(Request("Anybody there?")).wait(20).error, ConnectionFailedError)
+        until(lambda: len(calls) == 3)
+        time.sleep(0.3)
+        assert len(calls) == 3
+        # Who wants to speak does not wait for ten minutes.
+        assert isinstance(remote.speak(Request("And now?")).wait(20).error, ConnectionFailedError)
+        assert len(calls) == 4
+        remote.close()
+        hostile.shutdown()
+        thread.join()
+
+
+def test_a_server_that_is_full_or_leaves_is_overloaded(server: Served) -> None:
+    server.speaker.draining = True
+    with pytest.raises(OverloadedError, match="429"):
+        RemoteBackend.open(server.ws)
+
+
 def test_nobody_there_and_a_wrong_key_are_said_so() -> None:
     with pytest.raises(ConnectionFailedError, match="no connection"):
         RemoteBackend.open("ws://127.0.0.1:9/v1/audio/speech/ws")
@@ -259,8 +370,6 @@ def test_a_text_that_crosses_the_servers_farewell_is_spoken_by_the_next_one(fake
 
 
 def test_the_error_tree_is_complete_on_the_wire() -> None:
-    from pipecat_qwen3 import protocol
-
     def tree(kind: type[TTSError]) -> set[type[TTSError]]:
         return {kind}.union(*(tree(child) for child in kind.__subclasses__()))
 

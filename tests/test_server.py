@@ -236,6 +236,15 @@ def test_with_a_key_only_health_is_open() -> None:
         assert call(f"{server.http}/health").status == call(f"{server.http}/ready").status == 200
 
 
+def test_health_says_so_when_the_backend_has_failed(fake: FakeBackend) -> None:
+    with serving(lambda: fake) as server:
+        assert call(f"{server.http}/health").status == 200
+        fake.ready = False
+        for path in ("/health", "/ready"):
+            answer = call(server.http + path)
+            assert (answer.status, json.loads(answer.body)) == (503, {"status": "failed"})
+
+
 def test_a_body_over_the_limit_is_refused_with_and_without_a_length(fake: FakeBackend) -> None:
     with serving(lambda: fake, limits=Limits(body=1000)) as server:
         assert call(f"{server.http}/v1/audio/speech", b" " * 1001).status == 413
@@ -263,6 +272,21 @@ def test_connections_over_the_limit_are_refused_and_health_still_answers(fake: F
         until(lambda: not server.speaker.open_voices)
         assert len(fake.cancelled) == 2
         until(lambda: call(f"{server.http}/v1/models").status == 200)
+
+
+def test_one_address_may_not_take_all_connections(fake: FakeBackend) -> None:
+    fake.pace = math.inf
+    with serving(lambda: fake, limits=Limits(per_client=1)) as server:
+        body = json.dumps({"input": HELLO}).encode()
+        head = f"POST /v1/audio/speech HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+        with socket.create_connection(("127.0.0.1", server.port)) as raw:
+            raw.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body)
+            until(lambda: server.speaker.open_voices == 1)
+            answer = speech(server)
+            assert (answer.status, answer.error["code"]) == (429, "overloaded")
+            assert "of this address" in answer.error["message"]
+            server.speaker.close()  # in the middle of the wait for a first sample
+            assert b" 503 " in raw.recv(1000)
 
 
 def test_a_reader_that_stops_reading_loses_its_voice(fake: FakeBackend) -> None:

@@ -20,6 +20,7 @@ from pipecat.frames.frames import (
     TTSUpdateSettingsFrame,
 )
 from pipecat.metrics.metrics import TTFBMetricsData
+from pipecat.pipeline.service_switcher import ServiceSwitcher, ServiceSwitcherStrategyFailover
 from pipecat.processors.aggregators.llm_context import LLMContext
 from pipecat.processors.aggregators.llm_response_universal import LLMAssistantAggregator
 from pipecat.services.tts_service import TextAggregationMode
@@ -27,6 +28,7 @@ from pipecat.utils.errors import ErrorCategory
 
 from pipecat_qwen3.errors import BadRequestError, OverloadedError, UnknownNameError
 from pipecat_qwen3.server_speaker import Limits
+from pipecat_qwen3.service import Qwen3TTSService
 from pipecat_qwen3.websocket_service import Qwen3WebsocketTTSService
 from tests.fakes import FakeBackend
 from tests.serving import Served, serving
@@ -193,6 +195,29 @@ async def test_after_the_server_is_gone_and_back_the_bot_speaks_again(mode) -> N
                 await recorder.until(count(TTSStoppedFrame, 2))
                 assert np.array_equal(samples(recorder.frames[before:]), second.speech("Here again."))
     assert errors
+
+
+async def test_when_the_server_stays_away_a_switcher_fails_over_and_may_come_back() -> None:
+    spare = FakeBackend()
+    with serving(FakeBackend) as served:
+        service = Qwen3WebsocketTTSService(url=served.ws, give_up_s=0.3)
+        switcher = ServiceSwitcher([service, Qwen3TTSService(backend=spare)], ServiceSwitcherStrategyFailover)
+        async with live(switcher) as (worker, recorder):
+            await worker.queue_frame(TTSSpeakFrame("Hello there."))
+            await recorder.until(count(TTSStoppedFrame))
+            assert not spare.requests
+            served.server.should_exit = served.server.force_exit = True
+            async with asyncio.timeout(10):
+                while service.is_usable:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            await worker.queue_frame(TTSSpeakFrame("Hello again."))
+            await recorder.until(count(TTSStoppedFrame, 2))
+            assert [request.text for request in spare.requests] == ["Hello again."]
+            with serving(FakeBackend, port=served.port):
+                async with asyncio.timeout(10):
+                    while not service.is_usable:  # noqa: ASYNC110
+                        await asyncio.sleep(0.02)
+    spare.close()
 
 
 async def test_options_of_the_local_service_are_refused(server: Served) -> None:

@@ -3,6 +3,8 @@
 import ctypes
 from pathlib import Path
 
+import torch
+
 from megakernel import cucpu, kernels, schedule
 from megakernel.kernel_step import Launcher
 from megakernel.kernels import Args
@@ -38,6 +40,7 @@ class CpuLauncher(Launcher):
     ) -> None:
         self.shape, self.blocks, self.threads, self.waits = shape, blocks, threads, not phases
         self.fp32, self.seed, self.staged_bytes = fp32, seed, staged_bytes
+        self.dtype = torch.float32 if fp32 else torch.bfloat16
         self.flavour: cucpu.Flavour = flavour
         self.cuts = {
             Part.TALKER: schedule.cut(shape.talker, blocks, threads // 32),

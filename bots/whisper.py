@@ -1,0 +1,76 @@
+"""Real ears for bots without a key: speech in, what Whisper heard out. The model is loaded once for all clients.
+
+Pipecat's own Whisper service loads it anew for each of them, on the event loop, where all others fall silent meanwhile.
+"""
+
+import asyncio
+import importlib
+import threading
+from collections.abc import AsyncGenerator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import soxr
+from pipecat.frames.frames import Frame, TranscriptionFrame
+from pipecat.services.settings import STTSettings
+from pipecat.services.stt_service import SegmentedSTTService
+from pipecat.utils.time import time_now_iso8601
+
+MODEL = "Systran/faster-distil-whisper-medium.en"
+"""English, as in Pipecat's service. Any model of faster-whisper does; the multilingual ones find the language."""
+
+RATE = 16_000
+"""Samples a second that Whisper wants."""
+
+SPEECH = 0.4
+"""A stretch that is less likely than this to be no speech is speech, as in Pipecat's service."""
+
+
+class SharedWhisperSTTService(SegmentedSTTService):
+    """Hears with the one Whisper of this process."""
+
+    def __init__(self) -> None:
+        """Load nothing; `model()` has."""
+        super().__init__(settings=STTSettings(model=MODEL, language=None), ttfs_p99_latency=2.0)
+
+    @property
+    def wants_wav_segments(self) -> bool:
+        """Take PCM16 as it is."""
+        return False
+
+    def can_generate_metrics(self) -> bool:
+        """Report how long hearing takes."""
+        return True
+
+    async def run_stt(self, audio: bytes) -> AsyncGenerator[Frame | None, None]:
+        """Hear one stretch of speech."""
+        await self.start_processing_metrics()
+        text = await asyncio.to_thread(hear, audio, self.sample_rate)
+        await self.stop_processing_metrics()
+        if text:
+            yield TranscriptionFrame(text, self._user_id, time_now_iso8601())
+
+
+_one_at_a_time = threading.Lock()
+
+
+def hear(audio: bytes, rate: int) -> str:
+    """What is said in PCM16 mono, "" if nothing is."""
+    samples = soxr.resample(np.frombuffer(audio, np.int16).astype(np.float32) / 32768, rate, RATE)
+    with _one_at_a_time:  # it decodes while the segments are read
+        segments, _ = model().transcribe(samples)
+        return " ".join(segment.text.strip() for segment in segments if segment.no_speech_prob < SPEECH)
+
+
+@cache
+def model() -> Any:
+    """The process's Whisper; the first call loads it, and downloads it once. Raises SystemExit where that fails."""
+    try:
+        return importlib.import_module("faster_whisper").WhisperModel(MODEL)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SystemExit(
+            f"whisper's model {MODEL} could not be loaded ({reason}); it is downloaded once from Hugging Face: "
+            "connect this machine, or copy its cache here and set HF_HOME, or leave --stt out"
+        ) from None
