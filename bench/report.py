@@ -1,6 +1,6 @@
 """Result files in, the documents' tables, figures and plots out: no number in a document that this did not write.
 
-    python -m bench.report [--check] [--files README.md docs/latency.md]
+    python -m bench.report [--check] [--files README.md docs/latency.md docs/deploy.md]
 
 A document holds markers, <!-- bench:VIEW WORD … --> … <!-- /bench -->, and what stands between them is written anew
 from the newest JSON in bench/results whose name begins with the view's bench and has all the words (parts of its name
@@ -24,7 +24,7 @@ from bench.machine import RESULTS
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-FILES = ("README.md", "docs/latency.md")
+FILES = ("README.md", "docs/latency.md", "docs/deploy.md")
 
 MARKER = re.compile(
     r"<!-- bench:(?P<view>[\w.-]+)(?P<words>[^:>]*?)(?::(?P<choice>[^>]*?))? -->(?P<body>.*?)<!-- /bench -->",
