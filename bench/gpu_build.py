@@ -59,6 +59,6 @@ def _for_the_cpu(place: Place) -> Iterator[Row]:
     assert isinstance(launcher, CpuLauncher)
     with ThreadPoolExecutor() as pool:
         for columns, library in zip(
-            (4, PREFILL_COLUMNS), pool.map(launcher.library, (4, PREFILL_COLUMNS)), strict=True
+            (4, PREFILL_COLUMNS), pool.map(launcher.instance, (4, PREFILL_COLUMNS)), strict=True
         ):
             yield {"what": "dry", "entry": "both", "columns": columns, "origin": library.path.suffix, "ok": True}

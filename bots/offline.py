@@ -5,8 +5,8 @@ Both are ordinary Pipecat services; what they understand and answer is in `bots.
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Sequence
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -16,16 +16,14 @@ from pipecat.frames.frames import (
     LLMContextFrame,
     LLMFullResponseEndFrame,
     LLMFullResponseStartFrame,
-    TranscriptionFrame,
     TTSUpdateSettingsFrame,
 )
 from pipecat.processors.aggregators.llm_context import LLMContext
 from pipecat.processors.frame_processor import FrameDirection
 from pipecat.services.llm_service import LLMService
-from pipecat.services.settings import LLMSettings, STTSettings, TTSSettings
-from pipecat.services.stt_service import SegmentedSTTService
-from pipecat.utils.time import time_now_iso8601
+from pipecat.services.settings import LLMSettings, TTSSettings
 
+from bots.local_stt import LocalSTTService
 from bots.script import QUESTIONS, reply
 
 RATE = 16_000
@@ -38,30 +36,13 @@ FIRST_WORD_S, WORD_S = 0.3, 0.02
 """The script takes its time before a reply and then writes a word each 20 ms, as a language model at 50 tokens/s."""
 
 
-class SphinxSTTService(SegmentedSTTService):
+class SphinxSTTService(LocalSTTService):
     """Hears a few sentences and parts of them, within a tenth of a second on a CPU; it is deaf to all others."""
 
     def __init__(self, *, sentences: Sequence[str] = QUESTIONS) -> None:
         """Listen for these sentences, in English and in small letters."""
-        super().__init__(settings=STTSettings(model="pocketsphinx", language="en"), ttfs_p99_latency=0.3)
-        self._sentences = tuple(sentences)
-
-    @property
-    def wants_wav_segments(self) -> bool:
-        """Take PCM16 as it is."""
-        return False
-
-    def can_generate_metrics(self) -> bool:
-        """Report how long hearing takes."""
-        return True
-
-    async def run_stt(self, audio: bytes) -> AsyncGenerator[Frame | None, None]:
-        """Hear one stretch of speech."""
-        await self.start_processing_metrics()
-        text = await asyncio.to_thread(hear, audio, self.sample_rate, self._sentences)
-        await self.stop_processing_metrics()
-        if text:
-            yield TranscriptionFrame(text, self._user_id, time_now_iso8601())
+        within = partial(hear, sentences=tuple(sentences))
+        super().__init__(within, model="pocketsphinx", language="en", ttfs_p99_latency=0.3)
 
 
 _one_at_a_time = threading.Lock()

@@ -3,19 +3,15 @@
 Pipecat's own Whisper service loads it anew for each of them, on the event loop, where all others fall silent meanwhile.
 """
 
-import asyncio
 import importlib
 import threading
-from collections.abc import AsyncGenerator
 from functools import cache
 from typing import Any
 
 import numpy as np
 import soxr
-from pipecat.frames.frames import Frame, TranscriptionFrame
-from pipecat.services.settings import STTSettings
-from pipecat.services.stt_service import SegmentedSTTService
-from pipecat.utils.time import time_now_iso8601
+
+from bots.local_stt import LocalSTTService
 
 MODEL = "Systran/faster-distil-whisper-medium.en"
 """English, as in Pipecat's service. Any model of faster-whisper does; the multilingual ones find the language."""
@@ -27,29 +23,12 @@ SPEECH = 0.4
 """A stretch that is less likely than this to be no speech is speech, as in Pipecat's service."""
 
 
-class SharedWhisperSTTService(SegmentedSTTService):
+class SharedWhisperSTTService(LocalSTTService):
     """Hears with the one Whisper of this process."""
 
     def __init__(self) -> None:
         """Load nothing; `model()` has."""
-        super().__init__(settings=STTSettings(model=MODEL, language=None), ttfs_p99_latency=2.0)
-
-    @property
-    def wants_wav_segments(self) -> bool:
-        """Take PCM16 as it is."""
-        return False
-
-    def can_generate_metrics(self) -> bool:
-        """Report how long hearing takes."""
-        return True
-
-    async def run_stt(self, audio: bytes) -> AsyncGenerator[Frame | None, None]:
-        """Hear one stretch of speech."""
-        await self.start_processing_metrics()
-        text = await asyncio.to_thread(hear, audio, self.sample_rate)
-        await self.stop_processing_metrics()
-        if text:
-            yield TranscriptionFrame(text, self._user_id, time_now_iso8601())
+        super().__init__(hear, model=MODEL, language=None, ttfs_p99_latency=2.0)
 
 
 _one_at_a_time = threading.Lock()

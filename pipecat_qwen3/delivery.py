@@ -80,7 +80,8 @@ class Delivery:
         if fade:
             n = min(FADE_SAMPLES, len(samples))
             samples[len(samples) - n :] *= np.linspace(1, 0, n, dtype=samples.dtype)
-        samples, self._held = np.concatenate([self._held, samples]), self._held[:0]
+        if len(self._held):
+            samples, self._held = np.concatenate([self._held, samples]), self._held[:0]
         short = len(samples) < min(FRAME_SAMPLES, HEAD_START * frame_cost_s * SAMPLE_RATE)
         if self._live and self.skipped and not self._samples and short:
             self._held = samples

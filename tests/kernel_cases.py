@@ -137,7 +137,7 @@ class TestLauncher(CpuLauncher):
     sources = SOURCES
     step: KernelFrameStep
 
-    def library(self, columns: int) -> cucpu.Library:
+    def instance(self, columns: int) -> cucpu.Library:
         """The instance for so many columns."""
         library = compiled(
             self.shape,

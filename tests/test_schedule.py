@@ -202,7 +202,7 @@ class Watch(TestLauncher):
     def launch(self, table: str, columns: int, args: Args) -> None:
         if table == "prefill":
             return super().launch(table, columns, args)
-        library, self.stray = self.library(columns), []
+        library, self.stray = self.instance(columns), []
         shared = shared_bytes(self.shape, columns, self.threads, self.staged_bytes)
         for index, phase in enumerate(schedule.frame(self.shape)):
             reads, writes = schedule.accesses(phase, self.shape, self.cuts)

@@ -54,7 +54,7 @@ class Listener(nn.Module):
         return listener.requires_grad_(False)
 
     def forward(self, spectra: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What each layer makes of spectra [N, L, 64]: [N, 128, L] each, and the phones' logits [N, L // 2, 40]."""
+        """What each layer makes of spectra [N, L, 64]: [N, 128, L] each, and the phones' logits [N, L // 2, 41]."""
         x, heard = spectra.transpose(1, 2), []
         for layer in self.layers:
             x = F.gelu(layer(x))

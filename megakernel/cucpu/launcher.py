@@ -50,7 +50,7 @@ class CpuLauncher(Launcher):
         self.resident: int | None = None
         self._libraries: dict[int, cucpu.Library] = {}
 
-    def library(self, columns: int) -> cucpu.Library:
+    def instance(self, columns: int) -> cucpu.Library:
         """The instance for so many columns, compiled on first use."""
         if columns not in self._libraries:
             defines = kernels.definitions(
@@ -66,7 +66,7 @@ class CpuLauncher(Launcher):
         return self._libraries[columns]
 
     def launch(self, table: str, columns: int, args: Args) -> None:
-        library = self.library(columns)
+        library = self.instance(columns)
         shared = kernels.shared_bytes(self.shape, columns, self.threads, self.staged_bytes)
         if self.seed is not None:
             self.seed += 1
