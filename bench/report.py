@@ -1,6 +1,6 @@
 """Result files in, the documents' tables, figures and plots out: no number in a document that this did not write.
 
-    python -m bench.report [--check] [--files README.md docs/latency.md docs/deploy.md]
+    python -m bench.report [--check] [--files README.md docs/latency.md]
 
 A document holds markers, <!-- bench:VIEW WORD … --> … <!-- /bench -->, and what stands between them is written anew
 from the newest JSON in bench/results whose name begins with the view's bench and has all the words (parts of its name
@@ -24,7 +24,7 @@ from bench.machine import RESULTS
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-FILES = ("README.md", "docs/latency.md", "docs/deploy.md")
+FILES = ("README.md", "docs/latency.md", "docs/deploy.md", "docs/benchmarks.md", "training/README.md")
 
 MARKER = re.compile(
     r"<!-- bench:(?P<view>[\w.-]+)(?P<words>[^:>]*?)(?::(?P<choice>[^>]*?))? -->(?P<body>.*?)<!-- /bench -->",
@@ -66,6 +66,8 @@ VIEWS = {
     "barge_in": View("barge_in", tables.barge_in, "table: from an interruption to silence and a free row"),
     "stop": View("barge_in", tables.stop, "figure: way, voices, last_sample_s, row_free_s or done_s"),
     "memory": View("memory", tables.memory, "table: MB by what they are for"),
+    "heard": View("asr_loop", tables.heard, "table: what a recogniser misunderstands, by voice and group of sentences"),
+    "word_error": View("asr_loop", tables.word_error, "figure: voice, flite or whole or streaming"),
     "load": View("load", tables.load, "table: waits and underruns by requests a second"),
     "peers": View("peers", tables.peers, "table: ms a frame of ours and of others"),
     "gpu": View("gpu", tables.gpu, "the GPU suite's own tables"),
@@ -155,10 +157,10 @@ def fill(text: str, path: Path, results: Path, images: Path, draw: bool) -> str:
 def latest(results: Path, bench: str, words: Sequence[str]) -> Result:
     """The newest result of a bench whose name has all the words. Raises ReportError if there is none."""
     found = []
-    for path in results.glob(f"{bench}-*.json"):
-        parts = path.stem.split("-")
-        if all(word in parts or word == path.stem for word in words) and (stamp := STAMP.search(path.stem)):
-            found.append((stamp[0], path))
+    for path in results.glob(f"{bench}[-_]*.json"):
+        parts, stamp = path.stem.split("-"), STAMP.search(path.stem)
+        if path.stem in words or (stamp and all(word in parts for word in words)):
+            found.append((stamp[0] if stamp else "", path))
     if not found:
         asked = " ".join([bench, *words])
         raise ReportError(f"no result for {asked!r} in {results}; run python -m bench.{bench}")

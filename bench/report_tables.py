@@ -53,7 +53,7 @@ def first_audio(record: Record) -> list[str]:
         cells = [_both(some, key) for key in ("first_byte_s", "first_playable_s", "first_audible_s")]
         stalled = sum(run["underruns"] > 0 for run in some)
         rows.append([way, "whole" if rate is None else f"{rate:g}", *cells, f"{stalled} of {len(some)}"])
-    head = ["way", "tokens/s", "first byte, ms", "first playable", "first audible", "with underruns"]
+    head = ["way", "tokens/s", "first byte, ms: median (p95)", "first playable", "first audible", "with underruns"]
     return _table(head, rows)
 
 
@@ -76,7 +76,7 @@ def barge_in(record: Record) -> list[str]:
         some = [run for run in record["runs"] if (run["way"], run["voices"]) == (way, voices)]
         cells = [_both(some, key) for key in ("last_sample_s", "row_free_s", "done_s")]
         rows.append([way, str(voices), *cells, str(max(run["late_samples"] for run in some))])
-    head = ["way", "voices", "last sample, ms", "row free", "server says done", "samples that came late"]
+    head = ["way", "voices", "last sample, ms: median (p95)", "row free", "server says done", "samples that came late"]
     return _table(head, rows)
 
 
@@ -100,6 +100,37 @@ def memory(record: Record) -> list[str]:
 STATE = "codec's state"
 
 
+def heard(record: Record) -> list[str]:
+    """Word errors by voice and group of sentences: of flite's recordings, and of ours in both text layouts."""
+    rows = []
+    for voice in dict.fromkeys(name.split()[0] for name in record["figures"]):
+        for head, groups in GROUPS.items():
+            wers = [_word_error(record, voice, layout, groups) for layout in ("flite", "whole", "streaming")]
+            rows.append([f"{voice}, {head}", *(f"{100 * wer:.1f}" for wer in wers)])
+    return _table(["word error in %", "flite", "whole text", "streaming text"], rows)
+
+
+GROUPS = {
+    "all": ("",),
+    "known words": ("agent", "plain", "known", "pair"),
+    "unseen words": ("unseen",),
+    "digits": ("digits",),
+}
+"""Of held-out sentences."""
+
+
+def word_error(record: Record, choice: str) -> str:
+    """One of `heard`, over all sentences: "rms, whole"."""
+    return f"{100 * _word_error(record, *_parts(choice, 2), ('',)):.1f} %"
+
+
+def _word_error(record: Record, voice: str, layout: str, groups: Sequence[str]) -> float:
+    ours = layout if layout != "flite" else "whole"
+    some = [record["figures"][f"{voice} {ours} greedy {group}".strip()] for group in groups]
+    errors = sum(one["words"] * one["flite_wer" if layout == "flite" else "wer"] for one in some)
+    return errors / sum(one["words"] for one in some)
+
+
 def load(record: Record) -> list[str]:
     """The saturation curve; above it the same requests one at a time, which no load can beat."""
     points = [*([record["floor"]] if "floor" in record else []), *record["points"]]
@@ -115,7 +146,7 @@ def load(record: Record) -> list[str]:
         ]
         for p in points
     ]
-    head = ["requests/s", "n", "done", "first byte, ms (p95)", "first audible", "with underruns", "audio s/s"]
+    head = ["requests/s", "n", "done", "first byte, ms: median (p95)", "first audible", "with underruns", "audio s/s"]
     return _table(head, rows)
 
 

@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import importlib.util
 import wave
-from typing import BinaryIO
 
 from loguru import logger
 from pipecat.frames.frames import EndFrame, Frame, TTSAudioRawFrame, TTSSpeakFrame
@@ -27,9 +26,10 @@ SENTENCE = "Hello there. How can I help you today?"
 class WavWriter(FrameProcessor):
     """Writes the speech that passes into a WAV file."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, path: str) -> None:
+        """Create the file. Raises OSError."""
         super().__init__()
-        self._wav = wave.open(file)  # noqa: SIM115 - closed in cleanup
+        self._wav = wave.open(path, "wb")  # noqa: SIM115 - closed in cleanup
         self._wav.setparams((1, 2, 24_000, 0, "NONE", ""))
 
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
@@ -72,9 +72,14 @@ async def main(text: str, output: FrameProcessor) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Say one sentence.")
     parser.add_argument("text", nargs="?", default=SENTENCE)
-    parser.add_argument("--wav", metavar="FILE", type=argparse.FileType("wb"), help="write a file, use no speakers")
+    parser.add_argument("--wav", metavar="FILE", help="write a file, use no speakers")
     args = parser.parse_args()
+    if not args.text.strip():
+        parser.error("there is nothing to say: give a sentence")
     logger.remove()
-    output = WavWriter(args.wav) if args.wav else speakers()
+    try:
+        output = WavWriter(args.wav) if args.wav else speakers()
+    except OSError as error:
+        parser.error(f"cannot write {args.wav}: {error.strerror}")
     LocalBackend.shared()  # load the model before the event loop runs; the service finds it
     asyncio.run(main(args.text, output))

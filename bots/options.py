@@ -4,11 +4,12 @@ The defaults need no key and no download.
 """
 
 import argparse
+import errno
 import importlib
 import importlib.util
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipecat.audio.vad.silero import SileroVADAnalyzer
 from pipecat.services.llm_service import LLMService
 from pipecat.services.stt_service import STTService
 
+from bots import ollama
 from bots.script import HINT
 from pipecat_qwen3 import Backend, TTSError
 from pipecat_qwen3.errors import UnknownNameError, choices
@@ -35,52 +37,71 @@ _NEEDS = {
 }
 """Of each service: the package it imports, how that is installed, and the variable that holds its key."""
 
-_OLLAMA = ("localhost", 11434)
-
 
 class BotParser(argparse.ArgumentParser):
     """The options of a bot, to which `pipecat.runner.run.main` adds its own, checked before anything is loaded."""
 
-    def __init__(self, description: str | None, prepare: Callable[[argparse.Namespace], object]) -> None:
-        """Take what the bot does, and what it does once with the checked options, such as loading its model."""
+    def __init__(
+        self,
+        description: str | None,
+        prepare: Callable[[argparse.Namespace], object],
+        transports: Mapping[str, Sequence[str]],
+    ) -> None:
+        """Take what the bot is.
+
+        prepare     what it does once with the checked options, such as loading its model
+        transports  what it can be reached by, and the variables that each of these needs
+        """
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self._prepare = prepare
+        self._prepare, self._transports = prepare, transports
         self.add_argument("--stt", choices=["sphinx", "whisper", "deepgram"], default="sphinx", help="who listens")
+        self.add_argument("--stt-model", help="which model of --stt whisper or deepgram, if not the usual one")
         self.add_argument("--llm", choices=["scripted", "openai", "ollama"], default="scripted", help="who answers")
-        self.add_argument("--llm-model", help="which model of --llm, if not its service's default")
+        self.add_argument("--llm-model", help="which model of --llm, if not the usual one")
         self.add_argument("--voice", help="who speaks; the default is the model's first voice")
 
     def parse_args(self, *given: Any, **named: Any) -> argparse.Namespace:  # type: ignore[override]
         """Parse, check, say what the offline parts can do, and prepare the bot."""
         args = super().parse_args(*given, **named)
-        for name in (args.stt, args.llm):
-            if lack := missing(name):
-                self.exit(2, f"{lack}\n")
-        if lack := taken(args.host, args.port):
+        if lack := self._unreachable(args) or missing(args.stt) or missing(args.llm) or taken(args.host, args.port):
             self.exit(2, f"{lack}\n")
         if args.llm == "scripted":
             print(f"This bot answers from a script. {HINT} For a real conversation: --stt whisper --llm ollama")
         try:
+            if args.llm == "ollama":
+                args.llm_model = ollama.model(args.llm_model)
             self._prepare(args)
-        except TTSError as error:
+        except (TTSError, ollama.OllamaError) as error:
             self.exit(1, f"{error}\n")
-        warm(args.stt)
+        warm(args)
         return args
 
+    def _unreachable(self, args: argparse.Namespace) -> str | None:
+        """Why nobody could talk to the bot over the transport that was asked for."""
+        if args.transport is None:
+            return None
+        if args.transport not in self._transports:
+            return f"this bot does not speak {args.transport}; choose -t {', '.join(self._transports)}"
+        if lack := [name for name in self._transports[args.transport] if not os.getenv(name)]:
+            return f"-t {args.transport} needs {' and '.join(lack)}: set them to those of your account"
+        if args.transport == "twilio" and not args.proxy:
+            return "-t twilio needs -x HOST, the name under which Twilio reaches this machine"
+        return None
 
-def warm(stt: str) -> None:
+
+def warm(args: argparse.Namespace) -> None:
     """Import and load what the first client would wait for, and what would hold up the event loop meanwhile."""
     SileroVADAnalyzer()
     with suppress(ImportError):  # other transports need no WebRTC
         importlib.import_module("pipecat.transports.smallwebrtc.transport")
-    if stt == "sphinx":
+    if args.stt == "sphinx":
         from bots import offline
 
         offline.warm()
-    elif stt == "whisper":
+    elif args.stt == "whisper":
         from bots import whisper
 
-        whisper.model()
+        whisper.model(args.stt_model or whisper.MODEL)
 
 
 def check_voice(voice: str | None, backend: Backend) -> None:
@@ -96,21 +117,17 @@ def missing(name: str) -> str | None:
         return f'{name} needs a package: run pip install "{install}", or leave the option out'
     if key and not os.getenv(key):
         return f"{name} needs your key: set {key}, or leave the option out"
-    if name == "ollama":
-        try:
-            socket.create_connection(_OLLAMA, timeout=2).close()
-        except OSError:
-            return "no Ollama answers on this machine: run ollama serve, and ollama pull MODEL once"
     return None
 
 
 def taken(host: str, port: int) -> str | None:
     """Why this address cannot be listened on, None if it can."""
     try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        why = str(error.strerror).split(" (")[0]  # the rest repeats the address
-        return f"cannot listen on {host}:{port} ({why}); end what runs there, or choose another --host or --port"
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        why = str(getattr(error, "strerror", None) or error).split(" (")[0]  # the rest repeats the address
+        end = "end what runs there, or " if getattr(error, "errno", None) == errno.EADDRINUSE else ""
+        return f"cannot listen on {host}:{port} ({why}); {end}choose another --host or --port"
     return None
 
 
@@ -119,11 +136,12 @@ def make_stt(args: argparse.Namespace) -> STTService:
     if args.stt == "whisper":
         from bots.whisper import SharedWhisperSTTService
 
-        return SharedWhisperSTTService()
+        return SharedWhisperSTTService(args.stt_model)
     if args.stt == "deepgram":
         from pipecat.services.deepgram.stt import DeepgramSTTService
 
-        return DeepgramSTTService(api_key=os.environ["DEEPGRAM_API_KEY"])
+        chosen = DeepgramSTTService.Settings(model=args.stt_model) if args.stt_model else None
+        return DeepgramSTTService(api_key=os.environ["DEEPGRAM_API_KEY"], settings=chosen)
     from bots.offline import SphinxSTTService
 
     return SphinxSTTService()
@@ -140,7 +158,8 @@ def make_llm(args: argparse.Namespace, languages: Sequence[str]) -> LLMService[A
     if args.llm == "ollama":
         from pipecat.services.ollama.llm import OLLamaLLMService
 
-        return OLLamaLLMService(settings=OLLamaLLMService.Settings(system_instruction=PROMPT, **model))
+        settings = OLLamaLLMService.Settings(system_instruction=PROMPT, **model)
+        return OLLamaLLMService(base_url=ollama.address(), settings=settings)
     from bots.offline import ScriptedLLMService
 
     return ScriptedLLMService(languages=languages)

@@ -1,6 +1,6 @@
 """A voice agent on the telephone: 8 kHz mu-law through Pipecat's Twilio serializer on a WebSocket.
 
-    python -m bots.phone                        a carrier connects to ws://HOST:7860/ws
+    python -m bots.phone --host 0.0.0.0         a carrier connects to ws://HOST:7860/ws
     python -m bots.phone -t twilio -x HOST      and Twilio's webhook at https://HOST/ points there
 
 With TWILIO_ACCOUNT_SID and TWILIO_AUTH_TOKEN the bot hangs up when it is done; without them the carrier does.
@@ -13,6 +13,7 @@ import bots.needs  # noqa: F401 - first, so that it can say what to install
 
 # isort: split
 
+from loguru import logger
 from pipecat.audio.vad.silero import SileroVADAnalyzer
 from pipecat.frames.frames import LLMRunFrame
 from pipecat.pipeline.pipeline import Pipeline
@@ -20,7 +21,7 @@ from pipecat.pipeline.worker import PipelineParams, PipelineWorker
 from pipecat.processors.aggregators.llm_context import LLMContext
 from pipecat.processors.aggregators.llm_response_universal import LLMContextAggregatorPair, LLMUserAggregatorParams
 from pipecat.runner.run import main
-from pipecat.runner.types import WebSocketRunnerArguments
+from pipecat.runner.types import RunnerArguments, WebSocketRunnerArguments
 from pipecat.runner.utils import parse_telephony_websocket
 from pipecat.serializers.twilio import TwilioFrameSerializer
 from pipecat.transports.websocket.fastapi import FastAPIWebsocketParams, FastAPIWebsocketTransport
@@ -35,11 +36,18 @@ from pipecat_qwen3 import LocalBackend, Qwen3TTSService
 RATE = 8_000
 
 
-async def bot(runner_args: WebSocketRunnerArguments) -> None:
+async def bot(runner_args: RunnerArguments) -> None:
     """Talk to one caller until the line is dead; Pipecat's runner calls this for every call."""
     args = runner_args.cli_args
     assert args is not None, "main() has parsed them"
-    _carrier, call = await parse_telephony_websocket(runner_args.websocket)
+    if not isinstance(runner_args, WebSocketRunnerArguments):
+        logger.error("this bot speaks with telephones alone; python -m bots.voice_agent speaks with browsers")
+        return
+    carrier, call = await parse_telephony_websocket(runner_args.websocket)
+    if carrier != "twilio":
+        logger.error(f"this bot speaks Twilio's protocol, and {carrier} called: its serializer is to be used here")
+        await runner_args.websocket.close()
+        return
     account, token = os.getenv("TWILIO_ACCOUNT_SID"), os.getenv("TWILIO_AUTH_TOKEN")
     serializer = TwilioFrameSerializer(
         stream_sid=call["stream_id"],
@@ -102,6 +110,6 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = BotParser(__doc__, prepare)
+    parser = BotParser(__doc__, prepare, {"twilio": ()})
     parser.add_argument("--model", default="embedded", help="the small voice of the package, a folder or owner/name")
     main(parser)

@@ -20,7 +20,8 @@ def offer(worker: PipelineWorker, backend: Backend, *, voice: str | None = None,
     about  what else the page shows: stt, llm, hint
     """
     voices, languages = list(backend.voices), list(backend.languages)
-    chosen = {"voice": voice or next(iter(voices), None), "language": None}
+    speaks = next((there for there in voices if there.lower() == (voice or "").lower()), next(iter(voices), None))
+    chosen = {"voice": speaks, "language": None}
     choices = {"voice": voices, "language": [*languages, None]}  # None: as the text is
 
     async def tell() -> None:

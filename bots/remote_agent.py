@@ -24,8 +24,10 @@ from pipecat.processors.aggregators.llm_response_universal import LLMContextAggr
 from pipecat.runner.run import app, main
 from pipecat.runner.types import RunnerArguments
 from pipecat.runner.utils import create_transport
+from pipecat.serializers.protobuf import ProtobufFrameSerializer
 from pipecat.services.tts_service import TextAggregationMode
 from pipecat.transports.base_transport import BaseTransport, TransportParams
+from pipecat.transports.websocket.fastapi import FastAPIWebsocketParams
 from pipecat.turns.user_stop import SpeechTimeoutUserTurnStopStrategy
 from pipecat.turns.user_turn_strategies import UserTurnStrategies
 from pipecat.workers.runner import WorkerRunner
@@ -40,9 +42,15 @@ from pipecat_qwen3.errors import ConnectionFailedError
 
 URL = "ws://127.0.0.1:8880/v1/audio/speech/ws"
 
+TWILIO = ("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN")
+
 transport_params = {
     "webrtc": lambda: TransportParams(audio_in_enabled=True, audio_out_enabled=True),
     "eval": lambda: EvalTransportParams(audio_in_enabled=True, audio_out_enabled=True),
+    "twilio": lambda: FastAPIWebsocketParams(audio_in_enabled=True, audio_out_enabled=True),
+    "websocket": lambda: FastAPIWebsocketParams(
+        audio_in_enabled=True, audio_out_enabled=True, serializer=ProtobufFrameSerializer()
+    ),
 }
 
 
@@ -77,13 +85,17 @@ async def run_bot(transport: BaseTransport, runner_args: RunnerArguments) -> Non
     hint = HINT if args.llm == "scripted" else None
     offer(worker, args.server, voice=args.voice, stt=args.stt, llm=args.llm, hint=hint)
 
-    @worker.rtvi.event_handler("on_client_ready")
-    async def greet(_rtvi: object) -> None:
+    async def greet(*_: object) -> None:
         await worker.queue_frame(LLMRunFrame())
 
-    @transport.event_handler("on_client_disconnected")
-    async def leave(_transport: object, _client: object) -> None:
+    async def leave(*_: object) -> None:
         await worker.cancel()
+
+    if getattr(runner_args, "transport_type", None) == "twilio":  # a telephone does not say that it is ready
+        transport.add_event_handler("on_client_connected", greet)
+    else:
+        worker.rtvi.add_event_handler("on_client_ready", greet)
+    transport.add_event_handler("on_client_disconnected", leave)
 
     runner = WorkerRunner(handle_sigint=runner_args.handle_sigint)
     await runner.add_workers(worker)
@@ -105,7 +117,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = BotParser(__doc__, prepare)
+    parser = BotParser(__doc__, prepare, dict.fromkeys(transport_params, ()) | {"twilio": TWILIO})
     parser.add_argument("--url", default=URL, help="the socket of pipecat-qwen3 serve")
     parser.add_argument("--api-key", default=os.getenv("PIPECAT_QWEN3_API_KEY"), help="its key, if it has one")
     mount_page(app)

@@ -2,10 +2,10 @@
 
     python -m bots.voice_agent                  then open http://localhost:7860
     python -m bots.voice_agent --stt whisper --llm ollama --model Qwen/Qwen3-TTS-12Hz-0.6B-CustomVoice
-    python -m bots.voice_agent -t webrtc        or websocket, twilio
+    python -m bots.voice_agent -t webrtc        or websocket, or twilio -x HOST
 
-The defaults need no key and no download. `-t twilio` wants TWILIO_ACCOUNT_SID and TWILIO_AUTH_TOKEN. Pipecat's evals
-talk to the bot as well: make eval.
+The defaults need no key and no download. Whisper hears English unless --stt-model is one that knows more. `-t twilio`
+wants TWILIO_ACCOUNT_SID and TWILIO_AUTH_TOKEN. Pipecat's evals talk to the bot as well: make eval.
 """
 
 import argparse
@@ -37,6 +37,8 @@ from bots.page import mount_page
 from bots.picker import offer
 from bots.script import HINT
 from pipecat_qwen3 import LocalBackend, Qwen3TTSService
+
+TWILIO = ("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN")
 
 transport_params = {
     "webrtc": lambda: TransportParams(audio_in_enabled=True, audio_out_enabled=True),
@@ -123,7 +125,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = BotParser(__doc__, prepare)
+    parser = BotParser(__doc__, prepare, dict.fromkeys(transport_params, ()) | {"twilio": TWILIO})
     parser.add_argument("--model", default="embedded", help="the small voice of the package, a folder or owner/name")
     mount_page(app)
     main(parser)

@@ -60,6 +60,11 @@ def results(tmp_path: Path) -> Path:
     keep("load-embedded-20260101-000000", points=POINTS, floor=POINTS[0] | {"rate": 0.0, "first_audible_p50": 11.0})
     keep("step-embedded-bf16-cpu-torch-20260101-000000", rows=STEP_ROWS)
     keep("stages-embedded-20260101-000000", stages=[row | {"stage": "talker"} for row in STEP_ROWS[:2]])
+    heard = {"words": 100, "wer": 0.2, "flite_wer": 0.1}
+    groups = ["", " agent", " plain", " known", " pair", " unseen", " digits"]
+    figures = {f"rms {layout} greedy{group}": heard for layout in ("whole", "streaming") for group in groups}
+    figures["rms streaming greedy pair"] = heard | {"words": 300, "wer": 0.3}
+    keep("asr_loop_embedded_greedy", figures=figures)
     keep("peers-0.6b-bf16-cpu-20260101-000000", sides=PEERS)
     return folder
 
@@ -170,3 +175,11 @@ def test_a_check_fails_on_a_number_that_somebody_typed(
 
 def test_the_documents_say_what_bench_results_says(capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_what_is_heard_is_told_by_voice_and_group_of_sentences(document: Path, results: Path) -> None:
+    text = filled("<!-- bench:heard asr_loop_embedded_greedy --><!-- /bench -->", document, results)
+    assert "| rms, all | 10.0 | 20.0 | 20.0 |" in text
+    assert "| rms, known words | 10.0 | 20.0 | 25.0 |" in text, "weighted by words"
+    one = filled("<!-- bench:word_error asr_loop_embedded_greedy : rms, flite --><!-- /bench -->", document, results)
+    assert ">[10.0 %](../bench/results/asr_loop_embedded_greedy.json)<" in one

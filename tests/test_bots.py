@@ -73,6 +73,16 @@ def test_hello_says_its_sentence_into_a_file(tmp_path: Path) -> None:
     assert "how can i help you" in hear(pcm + bytes(24_000), 24_000, sentences)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [(("",), "there is nothing to say"), (("--wav", "/no/such/folder/hello.wav"), "cannot write /no/such/folder")],
+)
+def test_hello_says_what_is_wrong_in_one_line(arguments: tuple[str, ...], wanted: str) -> None:
+    done = run("bots.hello", *arguments)
+    assert done.returncode == 2
+    assert wanted in done.stderr.splitlines()[-1]
+
+
 def test_hello_without_speakers_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     from bots import hello
 
@@ -256,9 +266,11 @@ async def test_a_turn_is_told_up_to_its_first_audible_sample(capsys: pytest.Capt
 
 def parse(*arguments: str) -> argparse.Namespace:
     """The options as Pipecat's runner parses them."""
-    parser = BotParser("a bot", lambda args: None)
+    parser = BotParser("a bot", lambda args: None, {"webrtc": (), "twilio": ("A_KEY",)})
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("-t", "--transport")
+    parser.add_argument("-x", "--proxy")
     return parser.parse_args(list(arguments))
 
 
@@ -274,6 +286,8 @@ def test_the_defaults_need_nothing_and_say_what_they_can_do(capsys: pytest.Captu
         (("--stt", "deepgram"), "deepgram"),
         (("--llm", "openai"), "set OPENAI_API_KEY"),
         (("--llm", "ollama"), "ollama serve"),
+        (("-t", "daily"), "does not speak daily; choose -t webrtc, twilio"),
+        (("-t", "twilio"), "needs A_KEY: set"),
         (("--stt", "nobody"), "invalid choice"),
     ],
 )
@@ -282,10 +296,10 @@ def test_what_is_missing_is_said_in_one_line(
 ) -> None:
     for key in ("DEEPGRAM_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(key, raising=False)
-    monkeypatch.setattr("bots.options._OLLAMA", ("127.0.0.1", 1))
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
     with pytest.raises(SystemExit) as end:
         parse(*arguments)
-    assert end.value.code == 2
+    assert end.value.code
     assert wanted in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -314,6 +328,21 @@ def test_a_taken_port_is_said_before_anything_is_loaded() -> None:
         told = f"cannot listen on 127.0.0.1:{port} (Address already in use); end what runs there, or choose another"
         assert str(taken("127.0.0.1", port)).startswith(told)
     assert taken("127.0.0.1", port) is None
+
+
+def test_an_address_that_is_none_is_said_in_one_line() -> None:
+    assert "0-65535" in str(taken("127.0.0.1", 80_000))
+    assert "end what runs there" not in str(taken("no.such.invalid", 7860))
+    if socket.has_ipv6:
+        assert taken("::1", 0) is None
+
+
+def test_twilio_must_know_where_to_call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("A_KEY", "set")
+    with pytest.raises(SystemExit):
+        parse("-t", "twilio")
+    assert "-t twilio needs -x HOST" in capsys.readouterr().err
+    assert parse("-t", "twilio", "-x", "example.org").proxy == "example.org"
 
 
 # -- the evals -----------------------------------------------------------------------------------------------

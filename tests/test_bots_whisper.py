@@ -1,6 +1,7 @@
 """Whisper for all clients of a bot, with a stand-in for the model, which has to be downloaded."""
 
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
@@ -38,8 +39,8 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     whisper.model.cache_clear()
 
 
-async def heard(rate: int, seconds: float) -> list[str]:
-    service = whisper.SharedWhisperSTTService()
+async def heard(rate: int, seconds: float, model: str | None = None) -> list[str]:
+    service = whisper.SharedWhisperSTTService(model)
     service._sample_rate = rate
     tone = (8000 * np.sin(np.arange(int(rate * seconds)))).astype(np.int16).tobytes()
     frames = [frame async for frame in service.run_stt(tone)]
@@ -53,11 +54,17 @@ async def test_whisper_gets_its_own_rate_and_what_is_no_speech_is_dropped(packag
 
 
 async def test_the_model_is_loaded_once_and_before_the_first_client(package: ModuleType) -> None:
-    warm("whisper")
+    warm(Namespace(stt="whisper", stt_model=None))
     assert Whisper.loaded == [whisper.MODEL]
     for _ in range(3):
         await heard(16_000, 0.1)
     assert Whisper.loaded == [whisper.MODEL]
+
+
+async def test_another_model_of_whisper_can_be_chosen(package: ModuleType) -> None:
+    warm(Namespace(stt="whisper", stt_model="large-v3-turbo"))
+    await heard(16_000, 0.1, "large-v3-turbo")
+    assert Whisper.loaded == ["large-v3-turbo"]
 
 
 def test_a_model_that_cannot_be_loaded_is_said_in_one_line(package: ModuleType) -> None:
@@ -66,5 +73,5 @@ def test_a_model_that_cannot_be_loaded_is_said_in_one_line(package: ModuleType) 
 
     vars(package)["WhisperModel"] = fail
     with pytest.raises(SystemExit, match=r"could not be loaded \(no such host\).*Hugging Face") as end:
-        warm("whisper")
+        warm(Namespace(stt="whisper", stt_model=None))
     assert "\n" not in str(end.value)

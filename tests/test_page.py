@@ -30,6 +30,9 @@ from bots.script import GREETING, reply
 from tests.web.bot import ROOT, Bot
 from tests.web.browser import CHROMIUM, DRIVER, Browser
 
+Turn = tuple[str, str, str, str]
+"""A row of the latency table: kind, first byte, first audible, barge-in to silence."""
+
 WEB = ROOT / "bots" / "web"
 SCREENSHOTS = os.environ.get("PIPECAT_QWEN3_SCREENSHOTS")
 BOT = os.environ.get("PIPECAT_QWEN3_PAGE_BOT", "tests.web.tone_bot")
@@ -158,6 +161,13 @@ def ask_aloud(page: Browser) -> None:
     say(page, "question", lambda: "The capital of Germany is Berlin." in page.lines("bot"), "the answer", 30)
 
 
+def turns(page: Browser) -> list[Turn]:
+    """The latency table, the oldest turn first."""
+    rows = page.driver.find_elements(By.CSS_SELECTOR, "#turns .turn")
+    cells = [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")] for row in rows]
+    return [(kind, first_byte, audible, silence) for kind, first_byte, audible, silence in cells]
+
+
 def unspoken(page: Browser) -> int:
     return len(page.driver.find_elements(By.CSS_SELECTOR, ".word:not(.spoken)"))
 
@@ -170,7 +180,8 @@ def test_the_greeting_is_heard_and_its_words_are_lit(page: Browser) -> None:
     assert page.lines("bot")[0] == GREETING
     assert page.audible() > 0
     assert unspoken(page) == 0 < spoken(page)
-    assert page.text("ttfb").endswith("s")
+    kind, first_byte, *_ = turns(page)[0]
+    assert (kind, first_byte[-1]) == ("greeting", "s")
 
 
 def test_a_spoken_question_is_answered_aloud(page: Browser) -> None:
@@ -178,9 +189,12 @@ def test_a_spoken_question_is_answered_aloud(page: Browser) -> None:
     ask_aloud(page)
     assert "capital of germany" in page.lines("user")[-1]
     page.until(lambda: page.audible(since) > 1, "the answer is heard")
-    page.until(lambda: page.text("turns"), "the turn's latency")
-    page.until(lambda: "to your ear" in page.text("stages"), "what the page measured itself")
-    assert page.text("audible").endswith("s")
+    page.until(lambda: turns(page)[-1][2] != "–", "the turn's latency")
+    kind, first_byte, audible, _ = turns(page)[-1]
+    assert (kind, first_byte[-1], audible[-1]) == ("spoken", "s", "s")
+    assert ", to your ear " in str(
+        page.driver.find_elements(By.CSS_SELECTOR, "#turns .bar")[-1].get_attribute("aria-label")
+    )
 
 
 def test_words_light_up_while_they_are_spoken_and_a_barge_in_ends_the_line_there(page: Browser) -> None:
@@ -197,7 +211,10 @@ def test_words_light_up_while_they_are_spoken_and_a_barge_in_ends_the_line_there
     heard = str(cut_off()).removesuffix("interrupted").strip()
     assert story.startswith(heard)
     assert len(heard) < len(story)
-    page.until(lambda: page.text("silence") != "–", "the time from barge-in to silence")
+    page.until(lambda: turns(page)[-2][3] != "–", "the time from barge-in to silence")
+    kind, *figures = turns(page)[-2]
+    assert kind == "typed"
+    assert all(figure.endswith("s") for figure in figures)
     page.until(lambda: page.quiet(2), "silence")
     assert unspoken(page) == 0
 
@@ -235,14 +252,21 @@ def test_nothing_is_asked_of_another_server(page: Browser, bot: Bot) -> None:
 
 
 def test_a_bot_that_is_killed_and_started_again_is_found_again(page: Browser, bot: Bot) -> None:
+    question = "What is the capital of Italy?"
     bot.kill()
+    page.type(question)
     page.until(lambda: "server is gone" in page.text("notice"), "the page says so")
+    assert "not answered: it is in the box again" in page.text("notice")
     assert page.text("status") == "Looking for the bot…"
+    assert page["text"].get_property("value") == question
+    assert question not in page.lines("user")
     since = page.now()
     bot.start()
     page.until(lambda: page.text("status") == "Connected", "connected again")
     assert not page.text("notice")
     page.until(lambda: page.audible(since) > 1, "the greeting of the new bot is heard")
+    page.type("")
+    page.until(lambda: "The capital of Italy is Rome." in page.lines("bot"), "the answer")
 
 
 def test_without_a_microphone_one_can_still_type(page: Browser, bot: Bot) -> None:
@@ -252,12 +276,115 @@ def test_without_a_microphone_one_can_still_type(page: Browser, bot: Bot) -> Non
     page.until(lambda: page.lines("bot"), "the greeting")
     assert "microphone is not allowed: allow it" in page.text("notice")
     assert not page["mic"].is_enabled()
+    assert page["mic"].get_attribute("aria-pressed") == "false"
     since = page.now()
     page.type("What is the capital of Spain?")
     page.until(lambda: "The capital of Spain is Madrid." in page.lines("bot"), "the answer")
     page.until(lambda: page.audible(since) > 1, "the answer is heard")
+    assert "microphone is not allowed: allow it" in page.text("notice")
     page["connect"].click()
     page.until(lambda: page.text("status") == "Not connected", "disconnected")
+
+
+REPORT = """
+    const data = JSON.stringify({ label: "rtvi-ai", type: "error", data: { error: arguments[0], fatal: false } });
+    for (const channel of window.channels) channel.dispatchEvent(new MessageEvent("message", { data }));
+"""
+
+
+def test_what_the_bot_reports_says_what_to_do_and_goes_when_it_speaks_again(page: Browser, bot: Bot) -> None:
+    page.open(bot.url)
+    page.script("""
+        window.channels = [];
+        const open = RTCPeerConnection.prototype.createDataChannel;
+        RTCPeerConnection.prototype.createDataChannel = function (...of) {
+          const channel = open.apply(this, of);
+          window.channels.push(channel);
+          return channel;
+        };
+    """)
+    page.connect()
+    page.until(lambda: page.audible() and page.quiet(), "the greeting")
+    page.script(REPORT, "Error during completion: Error code: 401 - {'error': {'message': 'Incorrect API key'}}")
+    assert page.text("notice").startswith("The key of the bot's language model or recogniser is wrong: set it")
+    page.script(REPORT, f"Error during completion: {1000 * 'x'}")
+    assert page.text("notice").startswith("The bot reports: Error during completion: xxx")
+    assert page.text("notice").endswith("(its console says why).")
+    assert len(page.text("notice")) < 160
+    page.type("What is the capital of France?")
+    page.until(lambda: page.audible(page.now() - 500), "the answer")
+    assert not page["notice"].is_displayed()
+
+
+def test_while_the_browser_asks_for_the_microphone_the_page_says_so(chromium: Browser, alone: str) -> None:
+    chromium.open(alone)
+    assert not chromium["notice"].is_displayed()
+    chromium.script("""
+        navigator.permissions.query = async () => ({ state: "prompt" });
+        navigator.mediaDevices.getUserMedia = () => new Promise((_, reject) => { window.block = reject; });
+    """)
+    chromium["connect"].click()
+    chromium.until(lambda: chromium.text("notice").startswith("Allow the microphone"), "the explanation")
+    assert chromium["hint"].is_displayed()
+    chromium.script("window.fetch = () => new Promise(() => {}); block(new DOMException('', 'NotAllowedError'))")
+    chromium.until(lambda: not chromium.text("notice"), "the explanation is gone")
+    assert chromium.text("status") == "Connecting…"
+    chromium["connect"].click()
+
+
+def test_a_browser_that_does_not_run_the_page_is_named(chromium: Browser, alone: str) -> None:
+    chromium.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        chromium.open(alone)
+        chromium.until(lambda: "This page needs JavaScript" in chromium.text("notice"), "the notice", 10)
+    finally:
+        chromium.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_the_latency_table_holds_every_turn(chromium: Browser, alone: str) -> None:
+    chromium.open(alone)
+    chromium.driver.execute_async_script(
+        """
+        const [source, done] = arguments;
+        import(URL.createObjectURL(new Blob([source], { type: "text/javascript" }))).then(({ Latency }) => {
+          const [turns, stages] = ["turns", "stages"].map((id) => document.getElementById(id));
+          const latency = new Latency({ turns, stages });
+          const speech = (value) => latency.metrics({ ttfb: [{ processor: "Qwen3TTSService#0", value }] });
+          speech(0);
+          speech(0.05);
+          latency.botStarts(900);
+          latency.heard(1000);
+          latency.begins("spoken", 2000);
+          speech(0.06);
+          latency.botStarts(2500);
+          latency.turn({ stages: [{ name: "endpointing wait", ms: 200 }, { name: "speech synthesis", ms: 100 }] });
+          latency.heard(2540);
+          speech(0.5);
+          latency.interrupts(3000);
+          latency.begins("typed", 3000);
+          latency.bargeIn({ silence_ms: 20 });
+          latency.silent(3080);
+          latency.bargeIn({ silence_ms: 20 });
+          speech(0.07);
+          latency.botStarts(3300);
+          latency.heard(3400);
+          latency.bargeIn({ silence_ms: 30 });
+          done();
+        });
+        """,
+        (WEB / "src" / "latency.js").read_text(),
+    )
+    assert turns(chromium) == [
+        ("greeting", "50 ms", "–", "–"),
+        ("spoken", "60 ms", "340 ms", "80 ms"),
+        ("typed", "70 ms", "400 ms", "30 ms"),
+    ]
+    bars = chromium.driver.find_elements(By.CSS_SELECTOR, "#turns .bar")
+    assert [bar.get_attribute("aria-label") for bar in bars] == [
+        "endpointing wait 200 ms, speech synthesis 100 ms, to your ear 40 ms",
+        "from Enter to your ear 400 ms",
+    ]
+    assert bars[0].rect["width"] == pytest.approx(0.85 * bars[1].rect["width"], abs=1)
 
 
 @pytest.mark.parametrize(
@@ -295,17 +422,94 @@ def test_every_control_has_a_name_and_the_keyboard_reaches_them_in_order(chromiu
     assert reached == ["connect", "transcript", "mic", "text", "send", "voice", "language"]
 
 
-@pytest.mark.parametrize("width", [320, 390, 768])
-def test_the_page_fits_a_small_screen(chromium: Browser, alone: str, width: int) -> None:
-    with chromium.screen_of(width, 700):
+LONG_TALK = """
+    const line = '<p class="bot"><span class="said">Once there was a river that wanted to see the sea.</span></p>';
+    document.getElementById("transcript").innerHTML = line.repeat(20);
+    document.getElementById("notice").textContent = "A sentence that says what went wrong and what to do. ".repeat(3);
+    document.getElementById("notice").hidden = false;
+    document.getElementById("more").open = arguments[0];
+"""
+TOUCHED = """
+    const { x, y, width, height } = document.getElementById(arguments[0]).getBoundingClientRect();
+    return document.elementFromPoint(x + width / 2, y + height / 2)?.closest("[id]").id;
+"""
+
+
+@pytest.mark.parametrize("panel", [False, True])
+@pytest.mark.parametrize(("width", "height"), [(320, 568), (360, 640), (390, 700), (768, 700)])
+def test_the_page_fits_a_small_screen(chromium: Browser, alone: str, width: int, height: int, panel: bool) -> None:
+    with chromium.screen_of(width, height):
         chromium.open(alone)
+        chromium.script(LONG_TALK, panel)
         assert chromium.script("return document.documentElement.scrollWidth") == width
         for name in ("connect", "mic", "text", "send"):
             box = chromium[name].rect
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= width
-            assert box["y"] + box["height"] <= 700
+            assert box["y"] + box["height"] <= height
             assert box["height"] >= 44
+            assert chromium.script(TOUCHED, name) == name
+        if panel:
+            for name in ("voice", "language", "latency-title"):
+                chromium.script("document.getElementById(arguments[0]).scrollIntoView()", name)
+                assert chromium.script(TOUCHED, name) == name
+
+
+def test_a_phone_that_is_turned_shows_voice_and_latency_and_folds_them_again(chromium: Browser, alone: str) -> None:
+    with chromium.screen_of(390, 844):
+        chromium.open(alone)
+        assert not chromium["voice"].is_displayed()
+        with chromium.screen_of(844, 390):
+            chromium.until(chromium["voice"].is_displayed, "the panel", 10)
+    with chromium.screen_of(390, 844):
+        chromium.until(lambda: not chromium["voice"].is_displayed(), "the panel is folded", 10)
+
+
+@pytest.mark.parametrize("width", [320, 390, 600])
+def test_the_title_is_shown_whole_or_not_at_all(chromium: Browser, alone: str, width: int) -> None:
+    with chromium.screen_of(width, 700):
+        chromium.open(alone)
+        chromium.script("document.getElementById('status').textContent = 'Looking for the bot…'")
+        title = "const title = document.querySelector('h1'); return "
+        hidden = chromium.script(f"{title} getComputedStyle(title).clipPath !== 'none'")
+        assert hidden or chromium.script(f"{title} title.scrollWidth <= title.clientWidth")
+
+
+def contrast(one: str, other: str) -> float:
+    """Of two opaque colours "rgb(r, g, b)", by WCAG 2."""
+
+    def luminance(colour: str) -> float:
+        assert colour.startswith("rgb("), f"{colour} is not opaque"
+        parts = np.array([int(part) for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]) / 255
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_and_edges_stand_out_as_wcag_asks(chromium: Browser, alone: str, scheme: str) -> None:
+    def style(selector: str, name: str) -> str:
+        return chromium.script(
+            "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]", selector, name
+        )
+
+    with chromium.scheme(scheme):
+        chromium.open(alone)
+        chromium.script("""
+            document.body.dataset.state = "live";
+            document.getElementById("transcript").innerHTML =
+              '<p class="bot"><span class="said"><i class="word spoken">lit</i><i class="word">unlit</i></span></p>';
+        """)
+        talk = style(".talk", "backgroundColor")
+        lit, unlit = style(".word.spoken", "color"), style(".word:not(.spoken)", "color")
+        assert style(".word:not(.spoken)", "opacity") == "1"
+        assert contrast(unlit, talk) >= 4.5
+        assert contrast(lit, unlit) >= 2
+        for control in ("#text", "#voice", "#language", "#connect"):
+            for ground in (talk, style("body", "backgroundColor"), style(control, "backgroundColor")):
+                assert contrast(style(control, "borderTopColor"), ground) >= 3
 
 
 def test_the_page_is_dark_where_the_system_is(chromium: Browser, alone: str) -> None:
@@ -330,23 +534,26 @@ def test_screenshots_of_a_conversation(page: Browser, bot: Bot) -> None:
     since = page.now()
     page.type("Tell me a story.")
     page.until(lambda: page.audible(since) > 3, "the story")
-    page.type("Stop.")
-    page.until(lambda: page.lines("bot")[-1] == "All right." and page.quiet(), "silence")
-    page.type("What is the capital of France?")
-    page.until(lambda: "Paris" in page.lines("bot")[-1] and page.quiet(), "silence")
+    page.type("Start the story again.")
+    page.until(lambda: page.lines("bot")[-2].endswith("interrupted") and unspoken(page), "another begins")
     since = page.now()
-    page.type("Tell me a story.")
-    page.until(lambda: page.audible(since) > 1 and unspoken(page), "the story begins")
+    page.until(lambda: page.audible(since) > 1 and turns(page)[-2][3] != "–", "it is heard")
     page.script("document.activeElement.blur()")
     folder = Path(SCREENSHOTS or "")
     folder.mkdir(parents=True, exist_ok=True)
     for name, scheme, width, height in [
-        ("light", "light", 1180, 760),
-        ("dark", "dark", 1180, 760),
-        ("phone", "light", 390, 780),
+        ("light", "light", 1180, 900),
+        ("dark", "dark", 1180, 900),
+        ("phone", "light", 390, 844),
     ]:
         with page.scheme(scheme), page.screen_of(width, height, scale=2):
-            page.script("document.getElementById('more').open = innerWidth > 832")
             page.script("const log = document.getElementById('transcript'); log.scrollTop = log.scrollHeight")
             time.sleep(0.5)  # scrolling is smooth
             assert page.driver.save_screenshot(str(folder / f"page-{name}.png"))
+            assert page.script(
+                "const more = document.getElementById('more'); return more.scrollHeight <= more.clientHeight"
+            )
+            top = page.script("return document.getElementById('transcript').getBoundingClientRect().top")
+            cut = page.script("return document.querySelector('.mark').getBoundingClientRect().top")
+            assert cut > top
+            assert unspoken(page)

@@ -71,7 +71,7 @@ def test_ci_runs_the_test_command_of_the_readme_and_then_the_page_where_there_is
 def test_the_workflows_run_what_a_laptop_can_run() -> None:
     workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
     runs = [line for path in workflows for line in re.findall(r"- run: (.+)", path.read_text())]
-    assert len(runs) == 3
+    assert len(runs) == 4
     for line in runs:
         setting, command, *targets = shlex.split(re.sub(r"\$\{\{.*?\}\}", "", line))
         assert setting == "PYTHON=python"

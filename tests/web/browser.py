@@ -37,12 +37,13 @@ class Browser:
         options.binary_location = CHROMIUM or ""
         for argument in (
             *("--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={size[0]},{size[1]}"),
-            *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
+            *("--use-fake-device-for-media-stream", "--auto-accept-this-tab-capture"),
             *("--autoplay-policy=no-user-gesture-required", "--hide-scrollbars"),
         ):
             options.add_argument(argument)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         self.driver = Chrome(options=options, service=ChromeService(DRIVER))
+        self.driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["audioCapture"]})
         self.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": _EARS})
 
     def __enter__(self) -> Self:
@@ -129,6 +130,15 @@ class Browser:
             self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
             if value:
                 yield
+
+    @contextmanager
+    def film(self, path: Path, frames_per_second: int = 12) -> Iterator[None]:
+        """Record the tab, with what is said and heard, into a WebM file."""
+        # A page may film itself only where a user has just pressed something.
+        start = {"expression": f"ears.film({frames_per_second})", "awaitPromise": True, "userGesture": True}
+        self.driver.execute_cdp_cmd("Runtime.evaluate", start)
+        yield
+        path.write_bytes(base64.b64decode(self.script("return ears.cut()")))
 
     def requests(self) -> list[str]:
         """Addresses that the page asked for."""

@@ -1,9 +1,11 @@
 // Runs before the page: a microphone into which a test speaks, and ears of the test's own for what the page plays.
+// ears.film records the tab with both sides of the call.
 
 (() => {
   const ears = (window.ears = { heard: [], denied: false });
   const context = new AudioContext({ sampleRate: 48000 });
   const microphone = context.createMediaStreamDestination();
+  const call = context.createMediaStreamDestination();
 
   const ask = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
   navigator.mediaDevices.getUserMedia = async (constraints) => {
@@ -21,6 +23,7 @@
     buffer.copyToChannel(samples, 0);
     const source = new AudioBufferSourceNode(context, { buffer });
     source.connect(microphone);
+    source.connect(call);
     source.start();
   };
 
@@ -43,7 +46,9 @@
     await ready;
     const meter = new AudioWorkletNode(context, "loudness");
     meter.port.onmessage = ({ data }) => ears.heard.push([performance.now(), data]);
-    context.createMediaStreamSource(new MediaStream([track])).connect(meter);
+    const voice = context.createMediaStreamSource(new MediaStream([track]));
+    voice.connect(meter);
+    voice.connect(call);
   };
   const Connection = window.RTCPeerConnection;
   window.RTCPeerConnection = class extends Connection {
@@ -51,5 +56,26 @@
       super(...options);
       this.addEventListener("track", ({ track }) => track.kind === "audio" && listen(track));
     }
+  };
+
+  /** Record the tab with both sides of the call, until ears.cut() resolves to WebM in base64. */
+  ears.film = async (framesPerSecond) => {
+    const video = { frameRate: framesPerSecond };
+    const screen = await navigator.mediaDevices.getDisplayMedia({ video, preferCurrentTab: true });
+    const both = new MediaStream([...screen.getVideoTracks(), ...call.stream.getAudioTracks()]);
+    const recorder = new MediaRecorder(both, { mimeType: "video/webm;codecs=vp8,opus", videoBitsPerSecond: 500_000 });
+    const parts = [];
+    recorder.ondataavailable = ({ data }) => parts.push(data);
+    recorder.start(1000);
+    ears.cut = () =>
+      new Promise((resolve) => {
+        recorder.onstop = () => {
+          const reader = new FileReader();
+          reader.onload = () => resolve(reader.result.split(",")[1]);
+          reader.readAsDataURL(new Blob(parts));
+        };
+        recorder.stop();
+        for (const track of screen.getTracks()) track.stop();
+      });
   };
 })();

@@ -8,6 +8,8 @@ const MICROPHONE = {
   NotReadableError: "Another program holds the microphone: close it and connect again; until then, type.",
 };
 
+const LONGEST = 100; // characters of another program's text: three lines on a phone
+
 /** The sentence for an error of getUserMedia(). */
 export function microphoneTrouble(error) {
   return MICROPHONE[error.name] ?? `The microphone does not start (${error.message}): choose another in the browser's settings and connect again; until then, type.`;
@@ -22,6 +24,14 @@ export function missingFeature() {
     return "This browser has no WebRTC, which carries the sound: open this page in a current Chrome, Edge, Firefox or Safari.";
   }
   return null;
+}
+
+/** The sentence for an error that the bot reports; services put whole answers of their servers into it. */
+export function botTrouble(error) {
+  if (/\b(code|http|status)\W*401\b|\bunauthori[sz]ed\b/i.test(error)) {
+    return "The key of the bot's language model or recogniser is wrong: set it and start the bot again.";
+  }
+  return `The bot reports: ${error.length > LONGEST ? `${error.slice(0, LONGEST)}…` : error} (its console says why).`;
 }
 
 /** The sentence for an error while connecting; `answers`: whether the server still does. */

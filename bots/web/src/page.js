@@ -18,30 +18,27 @@ const STATES = {
 
 const wave = new Wave($("wave"));
 const transcript = new Transcript($("transcript"));
-const latency = new Latency({
-  ttfb: $("ttfb"),
-  audible: $("audible"),
-  silence: $("silence"),
-  turns: $("turns"),
-  stages: $("stages"),
-});
+const latency = new Latency({ turns: $("turns"), stages: $("stages") });
 
 let state = "off";
 let sound = null; // browsers want a click before there is any
 let offered = null; // the bot's last "voices" message
 let interrupting = false;
+let standing = null; // the notice that holds until another takes its place
+let unanswered = []; // {text, line}: what was typed since the bot last began to speak
 
 const session = new Session({
   onState,
   onNotice,
+  onReport,
   onRefusal(sentence) {
-    onNotice(sentence);
+    onReport(sentence);
     if (offered) showVoices(offered);
   },
   onMicrophone(track) {
     sound.listenToUser(track);
     $("mic").disabled = !track;
-    showMuted(false);
+    showMicrophone(Boolean(track));
   },
   onBotTrack(track) {
     $("speaker").srcObject = new MediaStream([track]); // Chrome plays and measures only what an element takes
@@ -50,8 +47,11 @@ const session = new Session({
   rtvi: {
     onUserTranscript: ({ text, final }) => transcript.user(text, final),
     onUserStartedSpeaking: interrupt,
+    onUserStoppedSpeaking: () => latency.begins("spoken", performance.now()),
     onBotStartedSpeaking() {
       interrupting = false;
+      unanswered = [];
+      onReport(null);
       latency.botStarts(performance.now());
     },
     onBotStoppedSpeaking() {
@@ -81,8 +81,11 @@ function onState(next) {
   if (next === "connecting") {
     transcript.clear();
     latency.clear();
+    unanswered = [];
   } else if (next === "lost") {
     transcript.cut();
+    latency.begins("greeting", performance.now());
+    takeBack();
   }
   if (next !== "live") {
     sound?.stop();
@@ -104,12 +107,31 @@ function onState(next) {
   const live = next === "live";
   for (const id of ["text", "send"]) $(id).disabled = !live;
   for (const id of ["voice", "language"]) $(id).disabled = !live || !offered;
-  if (!live) $("mic").disabled = true;
+  if (!live) {
+    $("mic").disabled = true;
+    showMicrophone(false);
+  }
 }
 
 function onNotice(sentence) {
-  $("notice").textContent = sentence ?? "";
-  $("notice").hidden = !sentence;
+  standing = sentence;
+  onReport(null);
+}
+
+/** Show a sentence until the bot speaks again; null shows again what held before. */
+function onReport(sentence) {
+  const text = sentence ?? standing ?? "";
+  if ($("notice").textContent !== text) $("notice").textContent = text; // unchanged, it is not to be read aloud again
+  $("notice").hidden = !text;
+}
+
+/** Put what was typed and not answered into the box again. */
+function takeBack() {
+  if (!unanswered.length) return;
+  for (const { line } of unanswered) line.remove();
+  $("text").value = [...unanswered.map(({ text }) => text), $("text").value].join(" ").trim();
+  unanswered = [];
+  onNotice(`${standing} What you typed was not answered: it is in the box again.`);
 }
 
 /** Fill the pickers with what the bot offers. */
@@ -128,9 +150,8 @@ function fill(select, choices, chosen) {
   select.disabled = state !== "live" && state !== "connecting";
 }
 
-function showMuted(muted) {
-  $("mic").setAttribute("aria-pressed", String(!muted));
-  $("mic").setAttribute("aria-label", muted ? "Microphone off: turn it on" : "Microphone on: turn it off");
+function showMicrophone(on) {
+  $("mic").setAttribute("aria-pressed", String(on));
 }
 
 $("connect").addEventListener("click", () => {
@@ -148,9 +169,9 @@ $("connect").addEventListener("click", () => {
 });
 
 $("mic").addEventListener("click", () => {
-  const muted = $("mic").getAttribute("aria-pressed") === "true";
-  session.mute(muted);
-  showMuted(muted);
+  const on = $("mic").getAttribute("aria-pressed") !== "true";
+  session.mute(!on);
+  showMicrophone(on);
 });
 
 $("composer").addEventListener("submit", (event) => {
@@ -159,14 +180,20 @@ $("composer").addEventListener("submit", (event) => {
   if (!text) return;
   $("text").value = "";
   interrupt();
-  latency.typed(performance.now());
-  transcript.user(text, true);
+  latency.begins("typed", performance.now());
+  unanswered.push({ text, line: transcript.user(text, true) });
   void session.say(text);
 });
 
 $("voice").addEventListener("change", () => session.tell("set-voice", { voice: $("voice").value }));
 $("language").addEventListener("change", () => session.tell("set-language", { language: $("language").value || null }));
 
-// Small screens show the conversation first.
-$("more").open = !matchMedia("(max-width: 52rem)").matches;
+// Small screens show the conversation first; a phone that is turned becomes a wide one.
+const small = matchMedia("(max-width: 52rem)");
+const fold = () => {
+  $("more").open = !small.matches;
+};
+small.addEventListener("change", fold);
+fold();
 document.body.dataset.state = state;
+onNotice(missingFeature());

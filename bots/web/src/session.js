@@ -2,7 +2,7 @@
 
 import { LogLevel, PipecatClient, logger } from "@pipecat-ai/client-js";
 import { SmallWebRTCTransport, WavMediaManager } from "@pipecat-ai/small-webrtc-transport";
-import { connectionTrouble, microphoneTrouble } from "./errors.js";
+import { botTrouble, connectionTrouble, microphoneTrouble } from "./errors.js";
 
 const START_TIMEOUT_MS = 15_000;
 const READY_TIMEOUT_MS = 25_000; // Pipecat grants its processors 20 s to set up
@@ -20,6 +20,15 @@ async function serverAnswers() {
     return true;
   } catch {
     return false;
+  }
+}
+
+/** Whether the browser is going to ask the user for the microphone, as far as it tells. */
+async function microphoneIsAsked() {
+  try {
+    return (await navigator.permissions.query({ name: "microphone" })).state === "prompt";
+  } catch {
+    return true; // an older Firefox does not tell
   }
 }
 
@@ -41,8 +50,9 @@ function notReady() {
 /**
  * One conversation at a time.
  *
- * handlers.onState("off" | "connecting" | "live" | "lost"), onNotice(sentence or null), onRefusal(sentence),
- * onMicrophone(track or null), onBotTrack(track), and the RTVI callbacks of the client in `handlers.rtvi`.
+ * handlers.onState("off" | "connecting" | "live" | "lost"), onNotice(sentence or null), which holds until the next,
+ * onReport(sentence or null), which passes, onRefusal(sentence), onMicrophone(track or null), onBotTrack(track), and
+ * the RTVI callbacks of the client in `handlers.rtvi`.
  */
 export class Session {
   #handlers;
@@ -97,8 +107,12 @@ export class Session {
   }
 
   async #open(round) {
+    if (await microphoneIsAsked()) {
+      this.#handlers.onReport("Allow the microphone in the browser's question, or block it and type.");
+    }
     const trouble = await microphoneError();
     if (round !== this.#round) return;
+    this.#handlers.onReport(null);
     const client = new PipecatClient({
       transport: new SmallWebRTCTransport({ mediaManager: new WavMediaManager() }),
       enableMic: !trouble, // a conversation by keyboard is better than none
@@ -112,7 +126,7 @@ export class Session {
         onDisconnected: () => this.#lost(client),
         onMessageError: (message) => this.#handlers.onRefusal(message.data?.error ?? "The bot refused that."),
         onError: (message) => {
-          if (message.data?.error) this.#handlers.onNotice(`The bot reports: ${message.data.error}`);
+          if (message.data?.error) this.#handlers.onReport(botTrouble(message.data.error));
         },
       },
     });
@@ -175,8 +189,8 @@ export class Session {
   async #lost(client) {
     if (client !== this.#client || !this.#heartbeat) return;
     const round = this.#round;
-    this.#handlers.onState("lost");
     this.#handlers.onNotice("The bot's server is gone: this page connects again when it is back, or press Stop.");
+    this.#handlers.onState("lost");
     await this.#close();
     for (let pause = 500; ; pause = Math.min(2 * pause, LONGEST_PAUSE_MS)) {
       await sleep(pause);

@@ -41,6 +41,7 @@ class Sentence {
 
 export class Transcript {
   #log;
+  #hint; // seen as long as nobody has said anything
   #sentences = new Map(); // by segment id
   #bot = null; // the bot's line in the making, which an interruption cuts
   #answered = false; // the user has said something since
@@ -48,26 +49,29 @@ export class Transcript {
 
   constructor(log) {
     this.#log = log;
+    this.#hint = log.firstElementChild;
   }
 
   clear() {
-    this.#log.replaceChildren();
+    this.#log.replaceChildren(this.#hint);
     this.#sentences.clear();
     this.#bot = null;
     this.#user = null;
   }
 
-  /** A transcription, which may be replaced until it is final, or a typed line. */
+  /** A transcription, which may be replaced until it is final, or a typed line; returns the line. */
   user(text, final) {
     if (!this.#user) {
       this.#user = element("p", "user");
       this.#add(this.#user, "You");
       this.#answered = true;
     }
-    this.#user.lastChild.textContent = text;
-    this.#user.classList.toggle("provisional", !final);
+    const line = this.#user;
+    line.lastChild.textContent = text;
+    line.classList.toggle("provisional", !final);
     if (final) this.#user = null;
     this.#follow();
+    return line;
   }
 
   /** A bot-output message: a sentence begins, goes on or is complete. */
