@@ -163,8 +163,8 @@ def ask_aloud(page: Browser) -> None:
 
 def turns(page: Browser) -> list[Turn]:
     """The latency table, the oldest turn first."""
-    rows = page.driver.find_elements(By.CSS_SELECTOR, "#turns .turn")
-    cells = [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")] for row in rows]
+    rows = "[...document.querySelectorAll('#turns .turn')]"  # in one go, since the page draws it anew at any moment
+    cells = page.script(f"return {rows}.map((row) => [...row.cells].map((cell) => cell.innerText))")
     return [(kind, first_byte, audible, silence) for kind, first_byte, audible, silence in cells]
 
 
