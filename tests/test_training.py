@@ -20,6 +20,7 @@ from pipecat_qwen3.talker import Talker
 from pipecat_qwen3.text import encode
 from training import codec_loss, needs, steps, tokenizer
 from training.codebooks import Codebooks, fit, left
+from training.export import averaged
 from training.rows import Choice, Utterance, collate, plan, tokens_and_words
 from training.start import start
 from training.talker_loss import AuxiliaryHeads, TalkerLoss
@@ -244,3 +245,11 @@ def test_the_recipe_makes_a_voice_from_nothing_though_it_is_interrupted(tmp_path
     with wave.open(str(wav)) as file:
         assert file.getnframes() == 5 * 1920
         assert any(file.readframes(9600))
+
+
+def test_of_several_runs_the_weighted_mean_is_exported(tmp_path: Path) -> None:
+    for name, value in (("a", 1.0), ("b", 5.0)):
+        torch.save({"average": {"norm.weight": torch.full((3,), value)}}, tmp_path / name)
+    one, both = averaged([str(tmp_path / "a")], "talker."), [f"{tmp_path / 'a'}=3", f"{tmp_path / 'b'}=1"]
+    assert one["talker.norm.weight"].tolist() == [1.0, 1.0, 1.0]
+    assert averaged(both, "talker.")["talker.norm.weight"].tolist() == [2.0, 2.0, 2.0]

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 AUTO_SHARE = 0.15
 """Share of rows whose prompt leaves the language open."""
 
-DROPOUT_SHARE, DROPOUT = 0.1, 0.15
-"""Share of texts whose words are cut into smaller pieces (BPE dropout), so that rare pieces are trained as well."""
+DROPOUT_SHARE, DROPOUT = 0.35, 0.12
+"""Share of texts whose words are cut into smaller pieces, and of merges that these lose (BPE dropout): an unseen word is
+cut where no word of the texts was, so its pieces must be known from other company."""
 
 
 class Utterance(NamedTuple):

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 WORDNET = Path(os.environ.get("WNSEARCHDIR", "/usr/share/wordnet"))
 """WordNet's files; the variable is the one that WordNet's own programs read."""
 
-FREE_WORDS, PROSE_WORDS, KNOWN_WORDS = 60_000, 20_000, 12_000
+FREE_WORDS, PROSE_WORDS, KNOWN_WORDS = 120_000, 20_000, 12_000
 """Ranks by frequency: words of free sequences, of dictionary prose, and those that an unseen word must not be among."""
 
 MIX = {"template": 0.19, "example": 0.08, "definition": 0.06, "free": 0.6, "pair": 0.07}

@@ -28,7 +28,7 @@ from training.steps import INTERRUPTED, Stop, rate, shards
 AVERAGE = 0.999
 """Decay a step of the averaged weights, which are what is exported."""
 
-LISTENED = 0.5
+LISTENED = 1.0
 """Weight of what the listener hears, beside the spectral loss."""
 
 EXAMINED, HELD_CROPS = 500, 64
