@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PY = $(VENV)/bin/python
 
 .DEFAULT_GOAL = help
-.PHONY: say test test-slow web test-web eval parity voice cubins dist samples lint format clean help
+.PHONY: say test test-slow web test-web video eval parity voice cubins dist samples lint format clean help
 
 say: $(VENV)/installed ## speak TEXT="…" into OUT=hello.wav; ARGS="--seed 7" are passed on
 	@$(PY) -m pipecat_qwen3 say -o "$$SAY_OUT" $(ARGS) -- "$$SAY_TEXT"
@@ -36,6 +36,9 @@ web: ## build the page that the bots serve (needs node)
 
 test-web: $(VENV)/installed-dev ## talk to the page in a real Chromium; SCREENSHOTS=docs/images keeps what it looks like
 	PIPECAT_QWEN3_TEST_WEB=1 PIPECAT_QWEN3_SCREENSHOTS="$(SCREENSHOTS)" $(PY) -m pytest tests/test_page.py $(ARGS)
+
+video: $(VENV)/installed-dev ## film half a minute of conversation in Chromium, into docs/conversation.webm
+	PYTHONPATH=. $(PY) -m tests.web.film docs/conversation.webm
 
 eval: $(VENV)/installed-dev ## hold Pipecat's eval conversations with the voice agent, in real time; ARGS="--repeat 5"
 	PYTHONPATH=. $(PY) -m pipecat.evals suite bots/evals/suite.yaml $(ARGS)

@@ -542,8 +542,8 @@ def test_screenshots_of_a_conversation(page: Browser, bot: Bot) -> None:
     folder = Path(SCREENSHOTS or "")
     folder.mkdir(parents=True, exist_ok=True)
     for name, scheme, width, height in [
-        ("light", "light", 1180, 900),
-        ("dark", "dark", 1180, 900),
+        ("light", "light", 1180, 980),
+        ("dark", "dark", 1180, 980),
         ("phone", "light", 390, 844),
     ]:
         with page.scheme(scheme), page.screen_of(width, height, scale=2):

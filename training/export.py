@@ -3,8 +3,8 @@
     python -m training.export BASE OUT [--talker RUN/last.pt …] [--codec RUN/last.pt …]
 
 Of several files the mean is exported, weighted where they are given as FILE=SHARE: of runs that went on from each
-other's weights it is better than any one. Without --talker or --codec that part is the base's own. What the base holds beside
-them (the codec's unused encoder) is copied, so the folder loads in the official `qwen_tts` package too.
+other's weights it is better than any one. Without --talker or --codec that part is the base's own. What the base holds
+beside them (the codec's unused encoder) is copied, so the folder loads in the official `qwen_tts` package too.
 """
 
 import argparse

@@ -26,8 +26,8 @@ AUTO_SHARE = 0.15
 """Share of rows whose prompt leaves the language open."""
 
 DROPOUT_SHARE, DROPOUT = 0.35, 0.12
-"""Share of texts whose words are cut into smaller pieces, and of merges that these lose (BPE dropout): an unseen word is
-cut where no word of the texts was, so its pieces must be known from other company."""
+"""Share of texts whose words are cut into smaller pieces, and of the merges that these lose (BPE dropout): an unseen
+word is cut where no word of the texts was, so its pieces must be known from other company."""
 
 
 class Utterance(NamedTuple):

@@ -60,7 +60,7 @@
 
   /** Record the tab with both sides of the call, until ears.cut() resolves to WebM in base64. */
   ears.film = async (framesPerSecond) => {
-    const video = { frameRate: framesPerSecond };
+    const video = { frameRate: framesPerSecond, width: innerWidth, height: innerHeight };
     const screen = await navigator.mediaDevices.getDisplayMedia({ video, preferCurrentTab: true });
     const both = new MediaStream([...screen.getVideoTracks(), ...call.stream.getAudioTracks()]);
     const recorder = new MediaRecorder(both, { mimeType: "video/webm;codecs=vp8,opus", videoBitsPerSecond: 500_000 });

@@ -34,7 +34,8 @@ def converse(page: Browser) -> None:
     page.type("Tell me a story.")
     page.until(lambda: page.audible(since) > 5, "the story, in part")
     page.speak(recording("stop"))
-    page.until(lambda: any(line.endswith("interrupted") for line in page.lines("bot")) and page.quiet(), "the barge-in")
+    page.until(lambda: any(line.endswith("interrupted") for line in page.lines("bot")), "the barge-in")
+    page.until(lambda: page.lines("bot")[-1] == "All right." and page.quiet(), "silence")
     page.type("What is the capital of France?")
     page.until(lambda: "The capital of France is Paris." in page.lines("bot") and page.quiet(1.5), "the answer")
 
