@@ -121,7 +121,8 @@ GROUPS = {
 
 def word_error(record: Record, choice: str) -> str:
     """One of `heard`, over all sentences: "rms, whole"."""
-    return f"{100 * _word_error(record, *_parts(choice, 2), ('',)):.1f} %"
+    voice, layout = _parts(choice, 2)
+    return f"{100 * _word_error(record, voice, layout, ('',)):.1f} %"
 
 
 def _word_error(record: Record, voice: str, layout: str, groups: Sequence[str]) -> float:
