@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import importlib.util
 import wave
+from pathlib import Path
 
 from loguru import logger
 from pipecat.frames.frames import EndFrame, Frame, TTSAudioRawFrame, TTSSpeakFrame
@@ -29,7 +30,8 @@ class WavWriter(FrameProcessor):
     def __init__(self, path: str) -> None:
         """Create the file. Raises OSError."""
         super().__init__()
-        self._wav = wave.open(path, "wb")  # noqa: SIM115 - closed in cleanup
+        self._file = Path(path).open("wb")  # noqa: SIM115 - closed in cleanup
+        self._wav = wave.open(self._file)  # noqa: SIM115 - closed in cleanup
         self._wav.setparams((1, 2, 24_000, 0, "NONE", ""))
 
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
@@ -43,6 +45,7 @@ class WavWriter(FrameProcessor):
         """Finish the file."""
         await super().cleanup()
         self._wav.close()
+        self._file.close()
 
 
 def speakers() -> FrameProcessor:

@@ -122,11 +122,13 @@ def missing(name: str) -> str | None:
 
 def taken(host: str, port: int) -> str | None:
     """Why this address cannot be listened on, None if it can."""
+    if not 0 <= port <= 65_535:
+        return f"there is no port {port}: choose one of 0 to 65535"
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except (OSError, OverflowError) as error:
-        why = str(getattr(error, "strerror", None) or error).split(" (")[0]  # the rest repeats the address
-        end = "end what runs there, or " if getattr(error, "errno", None) == errno.EADDRINUSE else ""
+    except OSError as error:
+        why = str(error.strerror).split(" (")[0]  # the rest repeats the address
+        end = "end what runs there, or " if error.errno == errno.EADDRINUSE else ""
         return f"cannot listen on {host}:{port} ({why}); {end}choose another --host or --port"
     return None
 
