@@ -9,7 +9,6 @@ import json
 import os
 import threading
 import time
-import wave
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from selenium.webdriver.support.ui import Select
 from bots.page import BUILT, mount_page
 from bots.script import GREETING, reply
 from tests.web.bot import ROOT, Bot
-from tests.web.browser import CHROMIUM, DRIVER, Browser
+from tests.web.browser import CHROMIUM, DRIVER, Browser, recording
 
 Turn = tuple[str, str, str, str]
 """A row of the latency table: kind, first byte, first audible, barge-in to silence."""
@@ -137,12 +136,6 @@ def serving(app: FastAPI) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
     server.should_exit = True
     thread.join()
-
-
-def recording(name: str) -> np.ndarray:
-    """int16 [samples] at 24 kHz: a sentence as the embedded voice rms speaks it with seed 1."""
-    with wave.open(str(Path(__file__).parent / "web" / f"{name}.wav")) as file:
-        return np.frombuffer(file.readframes(file.getnframes()), np.int16)
 
 
 def say(page: Browser, name: str, until: Callable[[], object], what: str, patience_s: float) -> None:

@@ -8,20 +8,11 @@ BOT is a module, bots.voice_agent unless told otherwise; it wants a core for its
 import sys
 import tempfile
 import time
-import wave
 from pathlib import Path
 
-import numpy as np
-
 from bots.script import GREETING
-from tests.web.bot import ROOT, Bot
-from tests.web.browser import Browser
-
-
-def recording(name: str) -> np.ndarray:
-    """int16 [samples] at 24 kHz of a question that lies beside this file."""
-    with wave.open(str(ROOT / "tests" / "web" / f"{name}.wav")) as file:
-        return np.frombuffer(file.readframes(file.getnframes()), np.int16)
+from tests.web.bot import Bot
+from tests.web.browser import Browser, recording
 
 
 def converse(page: Browser) -> None:
