@@ -15,10 +15,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench.record import Record, label, options
+from megakernel.choose import BACKENDS
 from pipecat_qwen3.backend import Request
 from pipecat_qwen3.checkpoint import Checkpoint
 from pipecat_qwen3.device import pick_device, pick_dtype
@@ -65,7 +67,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="embedded", help="embedded, a folder or a Hugging Face name")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
-    parser.add_argument("--backend", choices=("auto", "persistent", "graph", "torch"), default="auto")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--max-batch", type=int, default=8, help="voices that the engine is built for")
     parser.add_argument("--positions", type=int, default=1024, help="prompt and frames that one voice can hold")
     parser.add_argument("--voices", type=int, nargs="+", default=[1, 8], help="voices that speak at once, in turn")
@@ -105,7 +107,9 @@ def tensor_mb(roots: Iterable[object], seen: set[int]) -> float:
 
 
 def _tensors(value: object, seen: set[int]) -> Iterator[Tensor]:
-    """Tensors of our own objects and plain containers, one for each memory."""
+    """Tensors, and numpy's arrays as such, of our own objects and plain containers, one for each memory."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
     if isinstance(value, Tensor):
         key = id(value) if value.is_mkldnn else value.untyped_storage().data_ptr()
         if key not in seen:

@@ -13,7 +13,7 @@ from megakernel.pack import pack_frame
 from megakernel.reference import FrameWeights
 from megakernel.shape import Shape
 
-BACKENDS = ("auto", "persistent", "graph", "torch")
+BACKENDS = ("auto", "persistent", "graph", "numba", "torch")
 
 
 class UnavailableError(RuntimeError):
@@ -22,7 +22,7 @@ class UnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs the frame, and why not something better; no launcher is torch."""
+    """What runs the frame, and why not something better; a launcher is for the CUDA source."""
 
     name: str
     reason: str
@@ -30,7 +30,7 @@ class Choice:
 
 
 def choose(wanted: str, device: str, dtype: torch.dtype, shape: Shape, columns: int) -> Choice:
-    """Decide on persistent, graph or torch, and compile what that takes.
+    """Decide on persistent or graph (a GPU's), numba (a CPU's) or torch, and compile what that takes.
 
     Only "auto" falls back. Raises UnavailableError for a name that cannot be had.
     """
@@ -38,6 +38,15 @@ def choose(wanted: str, device: str, dtype: torch.dtype, shape: Shape, columns: 
         raise UnavailableError(f"backend should be one of {', '.join(BACKENDS)}, but is {wanted!r}")
     if wanted == "torch":
         return Choice("torch", "asked for by name")
+    if device == "cpu" and wanted in ("auto", "numba"):
+        lacking = _no_numba()
+        if lacking is None:
+            return Choice("numba", "asked for by name" if wanted == "numba" else "the fastest on a CPU")
+        if wanted == "numba":
+            raise UnavailableError(f"backend 'numba' cannot be had: {lacking}; use --backend torch or auto")
+        return Choice("torch", lacking)
+    if wanted == "numba":
+        raise UnavailableError(f"backend 'numba' runs on a CPU and the device is {device}; use --backend auto")
     reason = _unfit(device, dtype, shape)
     if reason is None:
         from megakernel.launch import GraphLauncher, PersistentLauncher
@@ -59,6 +68,14 @@ def choose(wanted: str, device: str, dtype: torch.dtype, shape: Shape, columns: 
     return Choice("torch", reason)
 
 
+def _no_numba() -> str | None:
+    try:
+        from megakernel import cpu_step  # noqa: F401
+    except Exception as error:  # numba raises what it likes where Python or numpy is too new for it
+        return f"numba cannot be had ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    return None
+
+
 def _unfit(device: str, dtype: torch.dtype, shape: Shape) -> str | None:
     if device != "cuda":
         return f"the CUDA launchers (persistent, graph) need an NVIDIA GPU and the device is {device}"
@@ -68,9 +85,13 @@ def _unfit(device: str, dtype: torch.dtype, shape: Shape) -> str | None:
 
 
 def make_step(
-    choice: Choice, weights: FrameWeights, shape: Shape, rows: int, columns: int, positions: int
+    choice: Choice, weights: FrameWeights, shape: Shape, rows: int, columns: int, positions: int, threads: int = 1
 ) -> FrameStep:
-    """The FrameStep of a choice; it keeps copies of the weights in the layout that it reads."""
+    """The FrameStep of a choice; it keeps copies of the weights in the layout that it reads. `threads` are numba's."""
+    if choice.name == "numba":
+        from megakernel.cpu_step import CpuFrameStep
+
+        return CpuFrameStep(weights, shape, rows, columns, positions, threads)
     if choice.launcher is None:
         return TorchFrameStep(weights, shape, rows, columns, positions)
     step = KernelFrameStep(pack_frame(weights, shape), shape, rows, columns, positions, choice.launcher)

@@ -75,53 +75,34 @@ class FrameStep(ABC):
 
 
 @dataclass
-class _Row:
+class Row:
+    """A voice that holds a row."""
+
     position: int
     frame: int
     seed: int
     sampling: Sampling
 
 
-class TorchFrameStep(FrameStep):
-    """The frame in plain torch, on any device.
+class RowStep(FrameStep):
+    """What the steps on a host have in common: the rows' state in tensors, and the checks."""
 
-    Products run over the least of WIDTHS that holds the named voices (one row if only one voice fits at all), of those
-    at which this machine's products were seen to give a row the same bits. Attention reads each voice's own length,
-    since another length gives other bits too. So a voice's codes do not depend on its company.
-    """
-
-    def __init__(self, weights: FrameWeights, shape: Shape, rows: int, columns: int, positions: int) -> None:
-        self.weights, self.shape = reference.pack(weights), shape
-        self.rows, self.columns, self.positions = rows, columns, positions
-        device, dtype = weights.codec_head.device, weights.codec_head.dtype
-        talker, predictor = shape.talker, shape.predictor
-        self.widths = _widths(self.weights, columns)
+    def __init__(
+        self, shape: Shape, rows: int, columns: int, positions: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.shape, self.rows, self.columns, self.positions = shape, rows, columns, positions
+        talker = shape.talker
         self.kv = torch.zeros(
             talker.layers, 2, rows, talker.kv_heads, positions, talker.head_dim, dtype=dtype, device=device
         )
         self.pending = torch.zeros(rows, talker.hidden, dtype=dtype, device=device)
         self.history = torch.zeros(rows, shape.vocab, dtype=torch.bool, device=device)
         self.done = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.live: dict[int, _Row] = {}
-        width = self.widths[-1]
-        self.predictor_kv = torch.zeros(
-            predictor.layers,
-            2,
-            width,
-            predictor.kv_heads,
-            shape.codebooks,
-            predictor.head_dim,
-            dtype=dtype,
-            device=device,
-        )
-        self.talker_rope = reference.rope_table(talker, positions, device)
-        self.predictor_rope = reference.rope_table(predictor, shape.codebooks, device)
         self.random = torch.zeros(rows, DRAWN, shape.codebooks, device=device)
-        self.first_entry = torch.arange(shape.codebooks, device=device) * shape.codes
-        self._knobs: dict[tuple[Sampling, ...], tuple[Knobs, Knobs, Tensor]] = {}
+        self.live: dict[int, Row] = {}
 
     def admit(self, row: int, pending: Tensor, seed: int, sampling: Sampling) -> None:
-        self.live[row] = _Row(0, 0, seed, sampling)
+        self.live[row] = Row(0, 0, seed, sampling)
         self.pending[row] = pending
         self.history[row] = False
         self.done[row] = False
@@ -139,16 +120,78 @@ class TorchFrameStep(FrameStep):
         self.kv[:, :, row, :, : prefix.shape[3]] = prefix
         self.live[row].position = prefix.shape[3]
 
-    @torch.inference_mode()
-    def prefill(self, row: int, embeds: Tensor) -> None:
-        length, state = embeds.shape[0], self.live[row]
-        start = state.position
+    def _prefilled(self, row: int, length: int) -> int:
+        """The position at which a row takes `length` more. Raises ValueError."""
+        start = self.live[row].position
         if not 1 <= length <= PIECE:
             raise ValueError(f"prefill takes 1 to {PIECE} positions a call, but got {length}")
         if start + length > self.positions:
             raise ValueError(
                 f"row {row} holds {self.positions} positions: {start} are used and {length} more were asked for"
             )
+        return start
+
+    def _named(self, rows: Sequence[int]) -> list[Row]:
+        """The rows of a step. Raises ValueError."""
+        if not 1 <= len(rows) <= self.columns:
+            raise ValueError(f"a step advances 1 to {self.columns} voices, but {len(rows)} were named")
+        live = [self.live[row] for row in rows]
+        full = [row for row, state in zip(rows, live, strict=True) if state.position >= self.positions]
+        if full:
+            raise ValueError(f"rows {full} hold {self.positions} positions and are full")
+        return live
+
+    def _uniforms(self, rows: Sequence[int], live: list[Row]) -> Tensor:
+        """This frame's random numbers [n, C], drawn for many frames at once: that takes a hundred small operations."""
+        device = self.random.device
+        for row, state in zip(rows, live, strict=True):
+            if state.frame % DRAWN == 0:
+                frames = torch.arange(state.frame, state.frame + DRAWN, device=device)
+                self.random[row] = uniforms(torch.full_like(frames, state.seed), frames, self.shape.codebooks)
+        index = torch.tensor(rows, device=device)
+        return self.random[index, torch.tensor([state.frame % DRAWN for state in live], device=device)]
+
+    @staticmethod
+    def _advanced(live: list[Row]) -> None:
+        for state in live:
+            state.position += 1
+            state.frame += 1
+
+
+class TorchFrameStep(RowStep):
+    """The frame in plain torch, on any device.
+
+    Products run over the least of WIDTHS that holds the named voices (one row if only one voice fits at all), of those
+    at which this machine's products were seen to give a row the same bits. Attention reads each voice's own length,
+    since another length gives other bits too. So a voice's codes do not depend on its company.
+    """
+
+    def __init__(self, weights: FrameWeights, shape: Shape, rows: int, columns: int, positions: int) -> None:
+        device, dtype = weights.codec_head.device, weights.codec_head.dtype
+        super().__init__(shape, rows, columns, positions, dtype, device)
+        self.weights = reference.pack(weights)
+        predictor = shape.predictor
+        self.widths = _widths(self.weights, columns)
+        width = self.widths[-1]
+        self.predictor_kv = torch.zeros(
+            predictor.layers,
+            2,
+            width,
+            predictor.kv_heads,
+            shape.codebooks,
+            predictor.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        self.talker_rope = reference.rope_table(shape.talker, positions, device)
+        self.predictor_rope = reference.rope_table(predictor, shape.codebooks, device)
+        self.first_entry = torch.arange(shape.codebooks, device=device) * shape.codes
+        self._knobs: dict[tuple[Sampling, ...], tuple[Knobs, Knobs, Tensor]] = {}
+
+    @torch.inference_mode()
+    def prefill(self, row: int, embeds: Tensor) -> None:
+        length = embeds.shape[0]
+        start = self._prefilled(row, length)
         x = F.pad(embeds, (0, 0, 0, PIECE - length))[None]
         at = torch.arange(start, start + PIECE, device=x.device).clamp(max=self.positions - 1)
         cos, sin = self.talker_rope[:, at, None]
@@ -166,23 +209,17 @@ class TorchFrameStep(FrameStep):
             return run
 
         reference.stack(x, self.weights.talker, self.shape.talker, cos, sin, attend)
-        state.position += length
+        self.live[row].position += length
 
     @torch.inference_mode()
     def step(self, rows: Sequence[int], text: Tensor) -> Tensor:
-        live = [self.live[row] for row in rows]
-        n = len(rows)
-        if not 1 <= n <= self.columns:
-            raise ValueError(f"a step advances 1 to {self.columns} voices, but {n} were named")
-        full = [row for row, state in zip(rows, live, strict=True) if state.position >= self.positions]
-        if full:
-            raise ValueError(f"rows {full} hold {self.positions} positions and are full")
+        live, n = self._named(rows), len(rows)
         width = next(w for w in self.widths if w >= n)
         index = torch.tensor(rows, device=text.device)
         hidden = self._talker(rows, live, F.pad(self.pending[index] + text, (0, 0, 0, width - n)))
 
         first, rest, penalty = self._sampling(tuple(state.sampling for state in live))
-        random = self._uniforms(rows, live, index)
+        random = self._uniforms(rows, live)
         logits = reference.linear(hidden, self.weights.codec_head)[:n].float()
         early = torch.tensor([state.frame < 2 for state in live], device=text.device)
         logits = restrict(logits, self.history[index], penalty, early, self.shape.eos, self.shape.suppress_from)
@@ -194,21 +231,10 @@ class TorchFrameStep(FrameStep):
         codes[:, 0] = torch.where(done, self.shape.eos, code0)
         self.history[index, code0] = True
         self.pending[index] = summed
-        for state in live:
-            state.position += 1
-            state.frame += 1
+        self._advanced(live)
         return codes
 
-    def _uniforms(self, rows: Sequence[int], live: list[_Row], index: Tensor) -> Tensor:
-        """This frame's random numbers [n, C], drawn for many frames at once: that takes a hundred small operations."""
-        device = index.device
-        for row, state in zip(rows, live, strict=True):
-            if state.frame % DRAWN == 0:
-                frames = torch.arange(state.frame, state.frame + DRAWN, device=device)
-                self.random[row] = uniforms(torch.full_like(frames, state.seed), frames, self.shape.codebooks)
-        return self.random[index, torch.tensor([state.frame % DRAWN for state in live], device=device)]
-
-    def _talker(self, rows: Sequence[int], live: list[_Row], x: Tensor) -> Tensor:
+    def _talker(self, rows: Sequence[int], live: list[Row], x: Tensor) -> Tensor:
         """One talker step: x [width, H] -> hidden [width, H], after the final norm."""
         n, shape = len(rows), self.shape.talker
         at = torch.tensor([state.position for state in live] + [0] * (x.shape[0] - n), device=x.device)

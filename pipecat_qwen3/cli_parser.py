@@ -125,9 +125,9 @@ def _add_model(parser: Parser) -> None:
 def _add_device(parser: Parser) -> None:
     parser.add_argument(
         "--backend",
-        type=one_of("auto", "persistent", "graph", "torch"),
+        type=one_of("auto", "persistent", "graph", "numba", "torch"),
         default="auto",
-        help="how frames are launched: auto (default), persistent, graph, torch",
+        help="how frames are launched: auto (default), persistent, graph, numba, torch",
     )
     parser.add_argument(
         "--dtype", type=one_of("auto", "bf16", "fp32"), default="auto", help="auto (default), bf16, fp32"

@@ -76,15 +76,18 @@ class LocalBackend:
         codec_table = talker.model.codec_embedding.weight.detach().to(device)
         del talker
         rows = max_batch if device.type == "cpu" else 4 * max_batch
-        step = make_step(choice, weights, self.config.shape, rows, max_batch, positions)
+        threads = 1 if small else torch.get_num_threads()
+        step = make_step(choice, weights, self.config.shape, rows, max_batch, positions, threads)
         del weights  # the step has packed copies
         codec = open_codec(checkpoint.load_codec().to(device).fold(), rows, max_batch)
         ids = self.config.ids
         role = [ids.im_start, ids.assistant, *encode(self.tokenizer, "\n")]
         prompter = Prompter(self.config, text_table, codec_table, role)
         prefills = PROFILES[profile].prefills
-        self.engine = Engine(step, codec, prompter, prefills=prefills, threads=1 if small else None)
-        progress("warming")
+        self.engine = Engine(
+            step, codec, prompter, prefills=prefills, threads=threads if device.type == "cpu" else None
+        )
+        progress("warming; the first time, compiling for this CPU" if choice.name == "numba" else "warming")
         try:
             self._warm()
         except BaseException:
@@ -110,7 +113,7 @@ class LocalBackend:
         model      "embedded", a folder, or "owner/name" on Hugging Face
         max_batch  voices that advance together, 1..32
         device     "auto" | "cpu" | "cuda"; dtype "auto" | "bf16" | "fp32"
-        backend    "auto" | "persistent" | "graph" | "torch"
+        backend    "auto" | "persistent" | "graph" | "numba" | "torch"
         positions  prompt and frames that one voice can hold, up to 4096
         profile    "latency", or "throughput" for many voices at once: how much may be read between two frames
         progress   called with what is being done

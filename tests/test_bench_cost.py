@@ -31,7 +31,7 @@ def test_every_batch_is_timed_at_every_length(tiny: Callable[..., Path], tmp_pat
     record = step.main(command)
     cases = [(row["context"], row["batch"]) for row in record["rows"]]
     assert cases == [(8, 1), (8, 2), (24, 1), (24, 2)]
-    assert record["backend"]["name"] == "torch"
+    assert record["backend"]["name"] == "numba"
     for row in record["rows"]:
         assert len(row["wall_ms"]) == len(row["cpu_ms"]) == 3
         assert min(row["wall_ms"]) > 0

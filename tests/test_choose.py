@@ -27,10 +27,10 @@ def refusing(error: Exception) -> Callable[..., None]:
     return launcher
 
 
-def test_without_a_gpu_auto_is_torch_and_a_launcher_asked_for_by_name_is_refused(shape: Shape) -> None:
+def test_without_a_gpu_auto_is_numba_and_a_launcher_asked_for_by_name_is_refused(shape: Shape) -> None:
     choice = choose("auto", "cpu", torch.bfloat16, shape, 8)
-    assert (choice.name, choice.launcher) == ("torch", None)
-    assert "GPU" in choice.reason
+    assert (choice.name, choice.launcher) == ("numba", None)
+    assert "CPU" in choice.reason
     for wanted in ("persistent", "graph"):
         with pytest.raises(UnavailableError, match=f"'{wanted}' cannot be had: .*GPU.*; use --backend torch"):
             choose(wanted, "cpu", torch.bfloat16, shape, 8)

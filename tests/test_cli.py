@@ -97,7 +97,7 @@ def test_say_writes_a_wav_as_long_as_its_frames_and_tells_all_it_measured(say: S
     audio = samples(Path("hello.wav"))
     assert len(audio) == facts["frames"] * FRAME_SAMPLES == round(facts["audio_s"] * SAMPLE_RATE)
     assert (facts["end"], facts["seed"], facts["voice"], facts["layout"]) == ("eos", 3, "rms", "whole")
-    assert (facts["model"], facts["backend"], facts["device"], facts["dtype"]) == ("embedded", "torch", "cpu", "fp32")
+    assert (facts["model"], facts["backend"], facts["device"], facts["dtype"]) == ("embedded", "numba", "cpu", "fp32")
     assert facts["out"] == "hello.wav"
     assert 0 < facts["first_byte_ms"] <= facts["first_audible_ms"]
     assert facts["first_byte_ms"] <= 1000 * facts["wall_s"]
@@ -586,7 +586,7 @@ def test_doctor_says_what_runs_here_and_why_not_more(capsys: pytest.CaptureFixtu
     findings = json.loads(capsys.readouterr().out)
     assert findings["problems"] == []
     assert findings["libraries"]["torch"] == torch.__version__
-    assert (findings["device"], findings["backend"], findings["voices"]) == ("cpu", "torch", ["slt", "rms"])
+    assert (findings["device"], findings["backend"], findings["voices"]) == ("cpu", "numba", ["slt", "rms"])
     assert findings["backend_reason"]
     config = json.loads((EMBEDDED / "config.json").read_text())["talker_config"]
     row = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]

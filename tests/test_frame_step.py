@@ -1,4 +1,4 @@
-"""FrameStep: a voice's hidden states and codes are the same bits alone and in any company; rows do not mix."""
+"""FrameStep on a host: a voice's keys, values and codes are the same bits in any company; rows do not mix."""
 
 import random
 from collections.abc import Callable
@@ -7,24 +7,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from megakernel.frame_step import TorchFrameStep
+from megakernel.cpu_step import CpuFrameStep
+from megakernel.frame_step import RowStep, TorchFrameStep
 from megakernel.sampler import Sampling
 from pipecat_qwen3.checkpoint import Checkpoint
 from pipecat_qwen3.talker import decode_weights
 
+MODELS = ["tiny", "tiny-projected", "embedded", "embedded-bf16"]
 
-@pytest.fixture(scope="module", params=["tiny", "tiny-projected", "embedded", "embedded-bf16"])
-def make_step(request: pytest.FixtureRequest, tiny: Callable[..., Path]) -> Callable[[], TorchFrameStep]:
-    folder = "embedded" if request.param.startswith("embedded") else tiny("custom_voice", request.param)
-    talker = Checkpoint.open(folder).load_talker(torch.bfloat16 if request.param.endswith("bf16") else torch.float32)
-    weights = decode_weights(talker)
-    return lambda: TorchFrameStep(weights, talker.config.shape, rows=32, columns=32, positions=64)
+
+@pytest.fixture(scope="module", params=[f"{model} {step}" for model in MODELS for step in ("torch", "numba")])
+def make_step(request: pytest.FixtureRequest, tiny: Callable[..., Path]) -> Callable[[], RowStep]:
+    model, kind = request.param.split()
+    folder = "embedded" if model.startswith("embedded") else tiny("custom_voice", model)
+    talker = Checkpoint.open(folder).load_talker(torch.bfloat16 if model.endswith("bf16") else torch.float32)
+    weights, step = decode_weights(talker), TorchFrameStep if kind == "torch" else CpuFrameStep
+    return lambda: step(weights, talker.config.shape, rows=32, columns=32, positions=64)
 
 
 class Solo:
     """One voice: its prompt, its text, its sampling, and everything it produced."""
 
-    def __init__(self, step: TorchFrameStep, seed: int) -> None:
+    def __init__(self, step: RowStep, seed: int) -> None:
         g = torch.Generator().manual_seed(seed)
         hidden, dtype = step.shape.talker.hidden, step.pending.dtype
         self.seed = seed
@@ -37,23 +41,20 @@ class Solo:
         self.codes: list[torch.Tensor] = []
         self.hidden: list[torch.Tensor] = []
 
-    def join(self, step: TorchFrameStep, row: int) -> None:
+    def join(self, step: RowStep, row: int) -> None:
         step.admit(row, self.pending, self.seed, self.sampling)
         step.prefill(row, self.prefix)
 
 
-def advance(step: TorchFrameStep, voices: dict[int, Solo]) -> None:
-    seen: list[torch.Tensor] = []
-    inner = TorchFrameStep._talker.__get__(step)
-    step._talker = lambda rows, live, x: seen.append(inner(rows, live, x)) or seen[-1]  # type: ignore[method-assign]
+def advance(step: RowStep, voices: dict[int, Solo]) -> None:
     text = torch.stack([v.text[len(v.codes)] for v in voices.values()])
     codes = step.step(list(voices), text)
-    for b, voice in enumerate(voices.values()):
+    for b, (row, voice) in enumerate(voices.items()):
         voice.codes.append(codes[b].clone())
-        voice.hidden.append(seen[0][b].clone())
+        voice.hidden.append(step.kv[:, :, row, :, step.position(row) - 1].clone())
 
 
-def test_codes_and_hidden_states_are_bitwise_the_same_in_any_company(make_step: Callable[[], TorchFrameStep]) -> None:
+def test_codes_and_hidden_states_are_bitwise_the_same_in_any_company(make_step: Callable[[], RowStep]) -> None:
     alone = []
     for seed in range(12):
         step = make_step()
@@ -64,7 +65,7 @@ def test_codes_and_hidden_states_are_bitwise_the_same_in_any_company(make_step: 
         alone.append(solo)
     step = make_step()
     step.kv.normal_(std=100)  # what must not be read is noise
-    step.predictor_kv.normal_(std=100)
+    vars(step)["predictor_kv"].normal_(std=100)
     choose = random.Random(0)
     together = [Solo(step, seed) for seed in range(12)]
     rows = dict(zip(choose.sample(range(32), 12), together, strict=True))
@@ -87,7 +88,7 @@ def test_codes_and_hidden_states_are_bitwise_the_same_in_any_company(make_step: 
         assert torch.equal(torch.stack(solo.codes), torch.stack(voice.codes))
 
 
-def test_a_row_that_is_not_named_is_neither_read_nor_written(make_step: Callable[[], TorchFrameStep]) -> None:
+def test_a_row_that_is_not_named_is_neither_read_nor_written(make_step: Callable[[], RowStep]) -> None:
     step = make_step()
     for row in (2, 5):
         Solo(step, row).join(step, row)
@@ -100,7 +101,7 @@ def test_a_row_that_is_not_named_is_neither_read_nor_written(make_step: Callable
     assert step.position(5) == Solo(step, 5).prefix.shape[0]
 
 
-def test_a_saved_prefix_gives_the_same_bits_as_its_prefill(make_step: Callable[[], TorchFrameStep]) -> None:
+def test_a_saved_prefix_gives_the_same_bits_as_its_prefill(make_step: Callable[[], RowStep]) -> None:
     step = make_step()
     first, second = Solo(step, 4), Solo(step, 4)
     first.join(step, 0)
@@ -113,7 +114,7 @@ def test_a_saved_prefix_gives_the_same_bits_as_its_prefill(make_step: Callable[[
     assert torch.equal(torch.stack(first.hidden), torch.stack(second.hidden))
 
 
-def test_a_voice_that_said_eos_says_nothing_else(make_step: Callable[[], TorchFrameStep]) -> None:
+def test_a_voice_that_said_eos_says_nothing_else(make_step: Callable[[], RowStep]) -> None:
     step = make_step()
     voice = Solo(step, 1)
     voice.join(step, 0)
@@ -123,7 +124,7 @@ def test_a_voice_that_said_eos_says_nothing_else(make_step: Callable[[], TorchFr
 
 
 def test_the_history_holds_what_was_spoken_and_is_forgotten_on_admission(
-    make_step: Callable[[], TorchFrameStep],
+    make_step: Callable[[], RowStep],
 ) -> None:
     step = make_step()
     voice = Solo(step, 1)
@@ -135,7 +136,7 @@ def test_the_history_holds_what_was_spoken_and_is_forgotten_on_admission(
     assert not step.history[0].any()
 
 
-def test_misuse_is_named(make_step: Callable[[], TorchFrameStep]) -> None:
+def test_misuse_is_named(make_step: Callable[[], RowStep]) -> None:
     step = make_step()
     voice = Solo(step, 0)
     voice.join(step, 0)

@@ -1,8 +1,9 @@
 """A seed in, training sentences out: what voice agents say, dictionary prose, free word sequences.
 
-Five sorts: filled templates (templates.txt), WordNet usage examples, WordNet definitions, free sequences over the most
-common words (each word as often as any other), and two short sentences in one utterance. Sentences of held_out.tsv and
-the rare words of its group "unseen" never appear. Needs Debian's `wordnet-base` and `wordfreq`; knows no audio.
+Six sorts: filled templates (templates.txt), sentences with digits, WordNet usage examples, WordNet definitions, free
+sequences over the most common words and WordNet's (each as often as any other), two short sentences in one utterance.
+Sentences of held_out.tsv and the rare words of its group "unseen" never appear. Needs Debian's `wordnet-base` and
+`wordfreq`; knows no audio.
 """
 
 import argparse
@@ -20,7 +21,7 @@ WORDNET = Path(os.environ.get("WNSEARCHDIR", "/usr/share/wordnet"))
 FREE_WORDS, PROSE_WORDS, KNOWN_WORDS = 120_000, 20_000, 12_000
 """Ranks by frequency: words of free sequences, of dictionary prose, and those that an unseen word must not be among."""
 
-MIX = {"template": 0.19, "example": 0.08, "definition": 0.06, "free": 0.6, "pair": 0.07}
+MIX = {"template": 0.12, "digits": 0.25, "example": 0.05, "definition": 0.04, "free": 0.48, "pair": 0.06}
 FUNCTION_WORDS = (
     "the a to of and in is for on with at from by it this that as are was be or not but we you they".split()  # noqa: SIM905
 )
@@ -62,16 +63,33 @@ def unseen_words() -> frozenset[str]:
     return frozenset(words - known)
 
 
+def _speakable(word: str) -> bool:
+    """Whether a word may stand in training text: letters that can be pronounced, decent, not held out."""
+    return (
+        re.fullmatch(r"[a-z]+(?:'[a-z]+)?", word) is not None
+        and re.search(r"[aeiouy]", word) is not None
+        and (len(word) > 2 or word in SHORT_WORDS)
+        and not LEFT_OUT.search(word)
+        and word not in unseen_words()
+    )
+
+
 @cache
 def common_words(count: int) -> tuple[str, ...]:
     """The `count` most frequent pronounceable English words, most frequent first."""
-    words = []
-    for word in _by_frequency(2 * count):
-        if not re.fullmatch(r"[a-z]+(?:'[a-z]+)?", word) or not re.search(r"[aeiouy]", word):
-            continue
-        if (len(word) > 2 or word in SHORT_WORDS) and not LEFT_OUT.search(word) and word not in unseen_words():
-            words.append(word)
-    return tuple(words[:count])
+    return tuple(word for word in _by_frequency(2 * count) if _speakable(word))[:count]
+
+
+@cache
+def dictionary_words() -> tuple[str, ...]:
+    """All single words of WordNet but names, common or not: the web's frequent words are half names."""
+    lemmas: set[str] = set()
+    for part in ("noun", "verb", "adj", "adv"):
+        for line in (WORDNET / f"data.{part}").read_text(errors="ignore").splitlines():
+            if not line.startswith("  "):
+                fields = line.split()
+                lemmas.update(fields[4 : 4 + 2 * int(fields[3], 16) : 2])
+    return tuple(sorted(filter(_speakable, lemmas)))
 
 
 @cache
@@ -237,6 +255,9 @@ def template(rng: random.Random) -> str:
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
 
+WITH_DIGITS = [slot for slot in SLOTS if slot not in {"letters", "title", "street", "side", "onoff", "part"}]
+
+
 def _capital(word: str) -> str:
     return word.capitalize() if word in _capitalised() else word
 
@@ -260,22 +281,34 @@ class Texts:
         self.examples, self.definitions = _glosses()
 
     def free(self) -> str:
-        """Common words in any order, rarely used ones first, with function words between."""
-        rng, words, pool = self.rng, [], common_words(FREE_WORDS)
+        """Words in any order, common ones and the dictionary's, rarely used ones first, function words between."""
+        rng, words, pools = self.rng, [], (common_words(FREE_WORDS), dictionary_words())
         for _ in range(rng.randint(1, 13)):
             if rng.random() < 0.3:
                 words.append(rng.choice(FUNCTION_WORDS))
             else:
-                words.append(min(rng.choices(pool, k=3), key=lambda w: self.used[w]))
+                words.append(min(rng.choices(rng.choice(pools), k=3), key=lambda w: self.used[w]))
         text = " ".join(_capital(w) for w in words)
         if len(words) > 4 and rng.random() < 0.25:
             cut = rng.randrange(2, len(words) - 1)
             text = " ".join(text.split()[:cut]) + ", " + " ".join(text.split()[cut:])
         return text
 
+    def digits(self) -> str:
+        """A template that has digits, or a free sequence with a number among its words."""
+        if self.rng.random() < 0.5:
+            while not re.search(r"\d", text := template(self.rng)):
+                pass
+            return text
+        words = self.free().split()
+        words.insert(self.rng.randint(0, len(words)), SLOTS[self.rng.choice(WITH_DIGITS)](self.rng))
+        return " ".join(words)
+
     def _plain(self, sort: str) -> str:
         if sort == "template":
             return template(self.rng)
+        if sort == "digits":
+            return self.digits()
         if sort == "free":
             return self.free()
         return self.rng.choice(self.examples if sort == "example" else self.definitions)
@@ -294,7 +327,7 @@ class Texts:
             return self._ended(self._plain(sort), 0.9)
         parts = []
         while len(parts) < 2:
-            part = self._plain(rng.choices(("template", "example", "free"), (0.6, 0.25, 0.15))[0])
+            part = self._plain(rng.choices(("template", "digits", "example", "free"), (0.45, 0.15, 0.25, 0.15))[0])
             if len(part.split()) <= 10:
                 parts.append(self._ended(part, 1.0))
         first, second = parts
