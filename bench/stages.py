@@ -1,4 +1,4 @@
-"""Milliseconds a frame of prefill, talker, predictor, sampling and codec, beside what the machine allows; then speech.
+"""Milliseconds a frame of prefill, frame step and codec, beside what the machine allows; then speech.
 
     python -m bench.stages [--geometry 0.6b] [--dtype bf16] [--threads 1] [--batch 1 8]
 
@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bench.floor import Ceiling, works
 from bench.geometry import PUBLISHED, Model, build
 from bench.machine import facts, write
 from bench.watch import Watch
 from megakernel import frame_step
-from megakernel.frame_step import PIECE, TorchFrameStep
+from megakernel.choose import choose, make_step
+from megakernel.frame_step import PIECE, FrameStep, TorchFrameStep
 from pipecat_qwen3.backend import SAMPLE_RATE, Request
 from pipecat_qwen3.codec import CodecState
 from pipecat_qwen3.delivery import SILENCE, WINDOW
@@ -36,6 +38,9 @@ PROMPT = 2 * PIECE
 
 WARM = 5
 """Frames that do not count."""
+
+PARTS = ("prefill", "talker", "predictor", "sampling", "step")
+STAGES = ("prefill", "step", "codec", "rest", "frame", "codec x8", *(f"torch: {part}" for part in PARTS))
 
 
 def main() -> None:
@@ -95,56 +100,73 @@ def _arguments() -> argparse.Namespace:
 def measure(
     model: Model, batch: int, columns: int, frames: int, ceiling: Ceiling, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Time `frames` frames of `batch` voices; one row a stage with floor and raw samples in ms a frame."""
-    step = TorchFrameStep(model.weights, model.shape, batch, columns, PROMPT + WARM + frames + 1)
-    state = CodecState.zeros(model.codec_config, batch, device)
-    hidden, dtype = model.shape.talker.hidden, model.weights.codec_head.dtype
-    random = torch.Generator().manual_seed(0)
-    watch = Watch(device)
-    rows = list(range(batch))
-    named = torch.tensor(rows, device=device)
-    text = torch.zeros(batch, hidden, dtype=dtype, device=device)
-    pieces = (0.2 * torch.randn(PROMPT, hidden, generator=random)).to(device, dtype).split(PIECE)
-    for _ in range(WARM + -(-frames // 5)):
-        step.admit(0, pieces[0][0], 0, model.sampling)
-        with watch.lap("prefill"):
-            step.prefill(0, pieces[0])
-    for row in rows:
-        step.admit(row, pieces[0][row % PIECE], row, model.sampling)
-        for piece in pieces:
-            step.prefill(row, piece)
-    with ExitStack() as timing:
-        timing.enter_context(watch.inside(step, "_talker", "talker"))
-        timing.enter_context(watch.inside(step, "_predictor", "predictor"))
-        for part in ("uniforms", "restrict", "pick"):
-            timing.enter_context(watch.inside(frame_step, part, "sampling"))
-        for _ in range(WARM + frames):
-            with watch.lap("frame", rest="rest"):
+    """Time `frames` frames of `batch` voices; one row a stage with floor and raw samples in ms a frame.
+
+    What the engine would run here comes first, then the parts of a frame in plain torch, which has them apart.
+    """
+    choice = choose("auto", device.type, model.weights.codec_head.dtype, model.shape, columns)
+    room = (model.weights, model.shape, batch, columns, PROMPT + WARM + frames + 1)
+    watch, rows = Watch(device), list(range(batch))
+    codec, named = CodecState.zeros(model.codec_config, batch, device), torch.tensor(rows, device=device)
+    step = make_step(choice, *room, torch.get_num_threads())
+    text = _prompted(model, step, rows, watch, "prefill", -(-frames // 5))
+    for _ in range(WARM + frames):
+        with watch.lap("frame", rest="rest"):
+            with watch.span("step"):
                 codes = step.step(rows, text).clamp(max=model.shape.codes - 1)
                 codes.cpu()
-                with watch.span("codec"):
-                    model.codec.decode(codes[:, :, None], state, named).cpu()
+            with watch.span("codec"):
+                model.codec.decode(codes[:, :, None], codec, named).cpu()
+    random = torch.Generator().manual_seed(0)
     eight = torch.randint(model.shape.codes, (batch, model.shape.codebooks, 8), generator=random).to(device)
     for _ in range(WARM + -(-frames // 8)):
         with watch.lap("codec x8"):
-            model.codec.decode(eight, state, named).cpu()
+            model.codec.decode(eight, codec, named).cpu()
+    del step
+    twin = TorchFrameStep(*room)
+    text = _prompted(model, twin, rows, watch, "torch: prefill", -(-frames // 5))
+    with ExitStack() as timing:
+        timing.enter_context(watch.inside(twin, "_talker", "torch: talker"))
+        timing.enter_context(watch.inside(twin, "_predictor", "torch: predictor"))
+        for part in ("uniforms", "restrict", "pick"):
+            timing.enter_context(watch.inside(frame_step, part, "torch: sampling"))
+        for _ in range(WARM + frames):
+            with watch.lap("torch: step"):
+                twin.step(rows, text).cpu()
     work = works(model, batch, PROMPT + frames // 2)
     floors: dict[str, float | None] = {stage: ceiling.ms(w) for stage, w in work.items()}
-    floors["frame"] = sum(ceiling.ms(work[stage]) for stage in ("talker", "predictor", "codec"))
+    floors["step"] = sum(ceiling.ms(work[stage]) for stage in ("talker", "predictor"))
+    floors["frame"] = floors["step"] + ceiling.ms(work["codec"])
     result = []
-    for stage in ("prefill", "talker", "predictor", "sampling", "rest", "codec", "frame", "codec x8"):
+    for stage in STAGES:
         part = 8 if stage == "codec x8" else 1
-        floor = floors.get(stage)
+        floor = floors.get(stage.removeprefix("torch: "))
         result.append(
             {
                 "batch": batch,
-                "stage": stage,
+                "stage": f"{stage} ({choice.name})" if stage == "step" else stage,
                 "floor_ms": None if floor is None else round(floor / part, 4),
                 "wall_ms": [round(x / part, 4) for x in watch.wall[stage][WARM:]],
                 "cpu_ms": [round(x / part, 4) for x in watch.cpu[stage][WARM:]],
             }
         )
     return result
+
+
+def _prompted(model: Model, step: FrameStep, rows: list[int], watch: Watch, label: str, laps: int) -> Tensor:
+    """Give each row a voice with a prompt, after `laps` timed prefills of the first one; a text [n, H] of zeros."""
+    weight = model.weights.codec_head
+    random = torch.Generator().manual_seed(0)
+    pieces = (0.2 * torch.randn(PROMPT, weight.shape[1], generator=random)).to(weight).split(PIECE)
+    for _ in range(WARM + laps):
+        step.admit(0, pieces[0][0], 0, model.sampling)
+        with watch.lap(label):
+            step.prefill(0, pieces[0])
+    for row in rows:
+        step.admit(row, pieces[0][row % PIECE], row, model.sampling)
+        for piece in pieces:
+            step.prefill(row, piece)
+    return torch.zeros(len(rows), weight.shape[1], dtype=weight.dtype, device=weight.device)
 
 
 def speak(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -199,7 +221,7 @@ def _ceiling_text(c: Ceiling) -> str:
 def _stage_text(rows: list[dict[str, Any]], name: str) -> str:
     lines = [
         f"\n{name}, voices: {rows[0]['batch']}, ms a frame (prefill: {PIECE} positions; x8: eight frames a call)",
-        f"{'':<10}{'floor':>9}{'median':>9}{'p95':>9}{'CPU':>9}{'x floor':>9}",
+        f"{'':<17}{'floor':>9}{'median':>9}{'p95':>9}{'CPU':>9}{'x floor':>9}",
     ]
     for row in rows:
         median, p95 = statistics.median(row["wall_ms"]), float(np.percentile(row["wall_ms"], 95))
@@ -207,7 +229,7 @@ def _stage_text(rows: list[dict[str, Any]], name: str) -> str:
         ratio = "" if floor is None else f"{median / floor:9.1f}"
         known = "" if floor is None else f"{floor:.3f}"
         lines.append(
-            f"{row['stage']:<10}{known:>9}{median:9.2f}{p95:9.2f}{statistics.median(row['cpu_ms']):9.2f}{ratio}"
+            f"{row['stage']:<17}{known:>9}{median:9.2f}{p95:9.2f}{statistics.median(row['cpu_ms']):9.2f}{ratio}"
         )
     return "\n".join(lines)
 

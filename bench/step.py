@@ -2,8 +2,8 @@
 
     python -m bench.step [--geometry 0.6b] [--batch 1 2 4 8] [--context 50 200 800]
 
-The frame step that the engine would run here: the kernels on a GPU (--backend persistent, graph or torch chooses),
-torch on a CPU. The codec is not part of it (`bench.codec`). Prints the floor first; raw samples go to bench/results.
+The frame step that the engine would run here: the kernels on a GPU, numba's frame on a CPU (--backend chooses). The
+codec is not part of it (`bench.codec`). Prints the floor first; raw samples go to bench/results.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     choice = choose(args.backend, device.type, dtype, model.shape, args.max_batch)
     record.say(f"backend {choice.name}: {choice.reason}")
     positions = max(args.context) + WARM + args.frames + 1
-    step = make_step(choice, model.weights, model.shape, max(args.batch), args.max_batch, positions)
+    step = make_step(choice, model.weights, model.shape, max(args.batch), args.max_batch, positions, args.threads)
     record.say(head())
     rows = []
     for context, batch in itertools.product(args.context, args.batch):

@@ -5,7 +5,8 @@ the same process is not kept waiting. With more than one thread every thread mak
 each phase; between phases they wait for each other at `_meet`. The order of every sum depends on the model's sizes
 alone: a voice's bits depend neither on its company nor on the number of threads.
 
-Arithmetic is fp32. Matrices are panels of 64 outputs, [panels, K, 64], bf16 (as uint16) or fp32. Letters: README.md.
+All of it is in one file, since numba's cache looks for changes in the file of the called function alone. Arithmetic is
+fp32. Matrices are panels of 64 outputs, [panels, K, 64], bf16 (as uint16) or fp32. Letters: README.md.
 """
 
 import math

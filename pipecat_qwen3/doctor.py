@@ -10,7 +10,7 @@ from typing import Any
 
 from pipecat_qwen3 import __version__
 
-_LIBRARIES = ("torch", "transformers", "pipecat-ai", "numpy", "safetensors")
+_LIBRARIES = ("torch", "transformers", "pipecat-ai", "numpy", "numba", "safetensors")
 _DRIVER = Path("/proc/driver/nvidia/version")
 _CPU = Path("/proc/cpuinfo")
 
