@@ -135,3 +135,11 @@ def test_numba_is_refused_for_a_gpu() -> None:
     shape = Checkpoint.open("embedded").config.shape
     with pytest.raises(choose.UnavailableError, match="'numba' runs on a CPU and the device is cuda"):
         choose.choose("numba", "cuda", torch.bfloat16, shape, 8)
+
+
+def test_where_machine_code_cannot_be_kept_it_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(x: int) -> int:
+        return 2 * x
+
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    assert cpu_kernel.exact(twice)(21) == 42
