@@ -153,7 +153,7 @@ def _widened(builder: Any, value: Any, floats: Any, ints: Any, shift: Any) -> An
     return builder.bitcast(builder.shl(builder.zext(value, ints), ir.Constant(ints, shift)), floats)
 
 
-def _product(rows: int, adds: bool) -> Callable[..., None]:
+def _product(rows: int) -> Callable[..., None]:
     """One panel times `rows` vectors, 64 sums a vector in registers; with `adds` they are added to what y holds.
 
     x [rows, x_stride] from x_at on, w [K, 64] from w_at on -> y [rows, y_stride] from y_at on; k in order.
@@ -161,12 +161,23 @@ def _product(rows: int, adds: bool) -> Callable[..., None]:
 
     @intrinsic
     def product(
-        context: Any, x: Any, x_at: Any, x_stride: Any, w: Any, w_at: Any, k: Any, y: Any, y_at: Any, y_stride: Any
+        context: Any,
+        x: Any,
+        x_at: Any,
+        x_stride: Any,
+        w: Any,
+        w_at: Any,
+        size: Any,
+        y: Any,
+        y_at: Any,
+        y_stride: Any,
+        adds: Any,
     ) -> Any:
-        signature = types.void(x, types.intp, types.intp, w, types.intp, types.intp, y, types.intp, types.intp)
+        places = (types.intp, types.intp)
+        signature = types.void(x, *places, w, *places, y, *places, types.boolean)
 
         def make(context: Any, b: Any, signature: Any, values: Any) -> Any:
-            x, x_at, x_stride, w, w_at, size, y, y_at, y_stride = values
+            x, x_at, x_stride, w, w_at, size, y, y_at, y_stride, adds = values
             arrays = signature.args
             x, w, y = (context.make_array(arrays[i])(context, b, values[i]).data for i in (0, 3, 6))
             i64, i32, f32 = ir.IntType(64), ir.IntType(32), ir.FloatType()
@@ -175,7 +186,7 @@ def _product(rows: int, adds: bool) -> Callable[..., None]:
             fma = cgutils.get_or_insert_function(
                 b.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fma.v{LANES}f32"
             )
-            some = ir.Constant(floats, ir.Undefined)
+            some, zeros = ir.Constant(floats, ir.Undefined), ir.Constant(floats, [0.0] * LANES)
             parts = range(PANEL // LANES)
 
             def at(base: Any, index: Any, kind: Any) -> Any:
@@ -206,18 +217,15 @@ def _product(rows: int, adds: bool) -> Callable[..., None]:
             k.add_incoming(following, loop)
             for r in range(rows):
                 for part in parts:
-                    sums[r][part].add_incoming(ir.Constant(floats, [0.0] * LANES), before)
+                    sums[r][part].add_incoming(zeros, before)
                     sums[r][part].add_incoming(new[r][part], loop)
             b.position_at_end(after)
             for r in range(rows):
                 for part in parts:
                     place = at(y, b.add(b.add(y_at, b.mul(i64(r), y_stride)), i64(part * LANES)), floats)
-                    total = new[r][part]
-                    if adds:
-                        held = b.load(place)
-                        held.align = 4
-                        total = b.fadd(held, total)
-                    b.store(total, place).align = 4
+                    held = b.load(place)
+                    held.align = 4
+                    b.store(b.fadd(b.select(adds, held, zeros), new[r][part]), place).align = 4
             return context.get_dummy_value()
 
         return signature, make
@@ -225,8 +233,7 @@ def _product(rows: int, adds: bool) -> Callable[..., None]:
     return product
 
 
-_one, _two, _four = (_product(rows, False) for rows in (1, 2, 4))
-_add_one, _add_two, _add_four = (_product(rows, True) for rows in (1, 2, 4))
+_one, _two, _four = (_product(rows) for rows in (1, 2, 4))
 
 
 @intrinsic
@@ -277,35 +284,19 @@ def _meet(t: int, threads: int, s: Scratch) -> None:
 
 
 @exact
-def _multiply(t: int, threads: int, x: np.ndarray, count: int, w: np.ndarray, y: np.ndarray) -> None:
-    """y[:count] = x[:count] times panels w [P, K, 64]; this thread's panels."""
+def _multiply(t: int, threads: int, x: np.ndarray, count: int, w: np.ndarray, y: np.ndarray, adds: bool) -> None:
+    """y[:count] = x[:count] times panels w [P, K, 64], or += with `adds`; this thread's panels."""
     size, xs, ys = w.shape[1], x.shape[1], y.shape[1]
     for p in range(t, w.shape[0], threads):
         m, at = 0, p * size * PANEL
         while m + 4 <= count:
-            _four(x, m * xs, xs, w, at, size, y, m * ys + p * PANEL, ys)
+            _four(x, m * xs, xs, w, at, size, y, m * ys + p * PANEL, ys, adds)
             m += 4
         if m + 2 <= count:
-            _two(x, m * xs, xs, w, at, size, y, m * ys + p * PANEL, ys)
+            _two(x, m * xs, xs, w, at, size, y, m * ys + p * PANEL, ys, adds)
             m += 2
         if m < count:
-            _one(x, m * xs, xs, w, at, size, y, m * ys + p * PANEL, ys)
-
-
-@exact
-def _add_product(t: int, threads: int, x: np.ndarray, count: int, w: np.ndarray, y: np.ndarray) -> None:
-    """y[:count] += x[:count] times panels w [P, K, 64]; this thread's panels."""
-    size, xs, ys = w.shape[1], x.shape[1], y.shape[1]
-    for p in range(t, w.shape[0], threads):
-        m, at = 0, p * size * PANEL
-        while m + 4 <= count:
-            _add_four(x, m * xs, xs, w, at, size, y, m * ys + p * PANEL, ys)
-            m += 4
-        if m + 2 <= count:
-            _add_two(x, m * xs, xs, w, at, size, y, m * ys + p * PANEL, ys)
-            m += 2
-        if m < count:
-            _add_one(x, m * xs, xs, w, at, size, y, m * ys + p * PANEL, ys)
+            _one(x, m * xs, xs, w, at, size, y, m * ys + p * PANEL, ys, adds)
 
 
 @reordered
@@ -367,7 +358,7 @@ def _stack(t: int, threads: int, w: Stack, kv: np.ndarray, count: int, s: Scratc
     for layer in range(w.qkv.shape[0]):
         for m in range(count):
             _normed(x[m, :hidden], w.input_norm[layer], w.eps, a[m])
-        _multiply(t, threads, a, count, w.qkv[layer], y)
+        _multiply(t, threads, a, count, w.qkv[layer], y, False)
         _meet(t, threads, s)
         for unit in range(t, count * kv_heads, threads):
             m, g = unit // kv_heads, unit % kv_heads
@@ -390,19 +381,19 @@ def _stack(t: int, threads: int, w: Stack, kv: np.ndarray, count: int, s: Scratc
             for h in range(g * group, (g + 1) * group):
                 _attend(y[m, h * d : (h + 1) * d], keys, values, s.scores[t], z[m, h * d : (h + 1) * d])
         _meet(t, threads, s)
-        _add_product(t, threads, z, count, w.o[layer], x)
+        _multiply(t, threads, z, count, w.o[layer], x, True)
         _meet(t, threads, s)
         for m in range(count):
             _normed(x[m, :hidden], w.post_norm[layer], w.eps, a[m])
         gate_up = w.gate_up[layer]
-        _multiply(t, threads, a, count, gate_up, y)
+        _multiply(t, threads, a, count, gate_up, y, False)
         for m in range(count):
             for p in range(t, gate_up.shape[0], threads):  # this thread's own panels
                 for i in range(HALF):
                     gate = y[m, p * PANEL + i]
                     gated[m, p * HALF + i] = gate / (np.float32(1) + math.exp(-gate)) * y[m, p * PANEL + HALF + i]
         _meet(t, threads, s)
-        _add_product(t, threads, gated, count, w.down[layer], x)
+        _multiply(t, threads, gated, count, w.down[layer], x, True)
         _meet(t, threads, s)
 
 
@@ -545,9 +536,9 @@ def frame(
         size = w.norm.shape[0]
         for m in range(n):
             _normed(s.x[(m + 1) * (count // n) - 1, :size], w.norm, w.eps, a[m])
-        _multiply(t, threads, a, n, head, s.logits)
+        _multiply(t, threads, a, n, head, s.logits, False)
         if book == 0 and f.projection.shape[0]:
-            _multiply(t, threads, a, n, f.projection, s.y)
+            _multiply(t, threads, a, n, f.projection, s.y, False)
         _meet(t, threads, s)
         for m in range(t, n, threads):
             row, logits, knobs = c.row[m], s.logits[m, : entries if book else f.vocab], c.knobs[m, 1 if book else 0]
