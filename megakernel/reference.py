@@ -1,7 +1,8 @@
 """The arithmetic of a frame in plain torch, one function per phase: weights and activations in, activations out.
 
-This is the oracle of every kernel, the CPU path, and what training differentiates through. It works in any float
-dtype; norm statistics, RoPE and softmax are computed in fp32 or better. Letters: see megakernel/README.md.
+This is the oracle of every kernel and of the CPU's compiled frame, the fallback, and what training differentiates
+through. It works in any float dtype; norm statistics, RoPE and softmax are computed in fp32 or better. Letters: see
+megakernel/README.md.
 """
 
 import platform
