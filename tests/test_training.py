@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,15 @@ import torch.nn.functional as F
 
 from pipecat_qwen3.backend import Layout
 from pipecat_qwen3.checkpoint import Checkpoint, find
+from pipecat_qwen3.codec import CodecDecoder
 from pipecat_qwen3.prompt import Prompter, Voice
 from pipecat_qwen3.talker import Talker
 from pipecat_qwen3.text import encode
-from training import codec_loss, needs, steps, tokenizer
+from training import codec_loss, flite, needs, steps, tokenizer
 from training.codebooks import Codebooks, fit, left
-from training.export import averaged
+from training.export import averaged, sharpened
 from training.rows import Choice, Utterance, collate, plan, tokens_and_words
-from training.start import start
+from training.start import start, start_codec
 from training.talker_loss import AuxiliaryHeads, TalkerLoss
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +48,8 @@ def utterance(checkpoint: Checkpoint, frames: int = 30) -> Utterance:
     codes = torch.randint(0, checkpoint.config.shape.codes, (frames, checkpoint.config.shape.codebooks), generator=some)
     phones = torch.randint(0, 41, (frames, 4), generator=some)
     spoken = torch.arange(frames) * (max(words) + 1) // frames
-    return Utterance(ids, words, codes, phones, spoken, 1)
+    said = [bytes((number + 1, number + 2, 40)) for number in range(max(words) + 1)]
+    return Utterance(ids, words, said, codes, phones, spoken, 1)
 
 
 def loss_of(talker: Talker) -> TalkerLoss:
@@ -100,6 +103,27 @@ def test_every_token_belongs_to_its_word(checkpoint: Checkpoint) -> None:
     assert [p.strip() for p in pieces] == TEXT.split()
 
 
+@pytest.mark.parametrize("layout", ["whole", "streaming"])
+def test_a_word_ends_at_the_first_token_after_it(checkpoint: Checkpoint, layout: Layout) -> None:
+    spoken = utterance(checkpoint)
+    batch = collate(checkpoint.config, [Choice(spoken, layout, False)])
+    places = (batch.ended[0] >= 0).nonzero()[:, 0]
+    assert batch.ended[0, places].tolist() == list(range(len(TEXT.split())))
+    assert torch.equal(batch.token_words[0, places - 1], batch.ended[0, places])
+    assert batch.text[0, places[-1]] == checkpoint.config.ids.tts_eos
+    assert batch.said[0, 3].tolist() == [*spoken.said[3], 0, *[-100] * 16]
+
+
+def test_a_text_alone_is_read_as_where_it_is_spoken(checkpoint: Checkpoint, talker: Talker) -> None:
+    spoken = utterance(checkpoint)
+    alone = spoken._replace(codes=spoken.codes[:0], phones=spoken.phones[:0], words=spoken.words[:0])
+    ((choice,),) = plan([alone], 600, random.Random(0))
+    loss = loss_of(talker)
+    with torch.no_grad():
+        said = loss(collate(checkpoint.config, [choice._replace(utterance=spoken)]), False, False, 1.0)["said"]
+        torch.testing.assert_close(loss.read(collate(checkpoint.config, [choice])), said)
+
+
 def test_a_pass_teaches_every_utterance_once_in_batches_of_the_asked_size(checkpoint: Checkpoint) -> None:
     utterances = [utterance(checkpoint, frames) for frames in range(10, 60)]
     groups = plan(utterances, 600, random.Random(0))
@@ -131,6 +155,25 @@ def test_codes_give_back_what_is_made_of_the_books(codebooks: Codebooks) -> None
     codes = torch.randint(0, 512, (50, 8), generator=torch.Generator().manual_seed(2))
     wanted = sum(book[code] for book, code in zip(codebooks.books, codes.unbind(1), strict=True))
     torch.testing.assert_close(codebooks.project(codebooks.decode(codes)), wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_sharpening_keeps_level_and_tilt_and_lifts_the_formants(codebooks: Codebooks) -> None:
+    place, basis = (torch.arange(80) + 0.5) / 80, torch.eye(648, 64)
+    basis[:, :4] = 0
+    for column, cepstrum in enumerate((0, 1, 2, 7)):
+        basis[160:240, column] = F.normalize(torch.cos(torch.pi * cepstrum * place), dim=0)
+    gains = replace(codebooks, basis=basis).sharpening(1.5)[:4, :4]
+    torch.testing.assert_close(gains, torch.diag(torch.tensor([1.0, 1.0, 1.5, 1.5])), atol=1e-5, rtol=0)
+    torch.testing.assert_close(codebooks.sharpening(1.0), torch.eye(64), atol=1e-4, rtol=0)
+
+
+def test_what_the_decoder_is_fed_is_sharpened_in_the_quantizer(codebooks: Codebooks) -> None:
+    decoder, sharpening = CodecDecoder(Checkpoint.open("embedded").codec_config), codebooks.sharpening(1.3)
+    start_codec(decoder, codebooks.books, 1.0)
+    trained = {f"decoder.{name}": x for name, x in decoder.state_dict().items()}
+    decoder.load_state_dict({n.removeprefix("decoder."): x for n, x in sharpened(trained, sharpening).items()})
+    for book, table in zip(codebooks.books @ sharpening.T, decoder.quantizer.tables(), strict=True):
+        torch.testing.assert_close((table - table[0]).norm(dim=1), (book - book[0]).norm(dim=1), rtol=1e-4, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -210,10 +253,19 @@ def installed() -> None:
         pytest.skip(str(missing))
 
 
+@pytest.mark.usefixtures("installed")
+def test_words_have_the_phones_that_flite_says() -> None:
+    text = "Flight 482 leaves for Tallahassee at 6:05 p.m., Dr. Brown."
+    recording = flite.record(text, "slt")
+    spoken = [[p.name for p in recording.phones if p.word == word] for word in range(recording.words)]
+    assert [[flite.PHONES[phone] for phone in word] for word in flite.word_phones(text)] == spoken
+    assert spoken[1] == ["f", "ao", "r", "hh", "ah", "n", "d", "r", "ax", "d", "ey", "t", "iy", "t", "uw"]
+
+
 def recipe(work: Path, interrupt_at: str = "") -> tuple[int, str]:
     """Exit status and output of the whole recipe at the size of a toy; Ctrl-C is pressed at a certain line."""
     sizes = "--shards 2 --utterances 16 --sentences 2 --talker-steps 9 --codec-steps 6 --listener-steps 6"
-    sizes += " --positions 500 --crops 2"
+    sizes += " --positions 500 --crops 2 --texts 50"
     command = [sys.executable, "-m", "training", str(work), *sizes.split(), "--eager", "--jobs", "1", "--threads", "1"]
     said = []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

@@ -9,12 +9,15 @@ noise. Fitted once by k-means; nothing is trained by gradient.
 """
 
 import argparse
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from training.features import MELS
 
 DIMENSIONS, ENTRIES, BOOKS = 64, 512, 8
 MEANING_WEIGHT = 0.5
@@ -76,6 +79,17 @@ class Codebooks:
         """Acoustic vectors [N, 648] of codes [N, 8]."""
         y = torch.stack([book[code] for book, code in zip(self.books, codes.unbind(1), strict=True)]).sum(0)
         return y @ self.basis.T + self.mean
+
+    def sharpening(self, gain: float) -> Tensor:
+        """A map [64, 64] of PCA coordinates that sharpens the formants.
+
+        It multiplies each spectrum's distance from its own level and tilt (its cepstra from 2 on) by `gain`.
+        """
+        spectra, pitches = self.basis[: 8 * MELS].view(8, MELS, -1), self.basis[8 * MELS :]
+        place = (torch.arange(MELS) + 0.5) / MELS
+        low = F.normalize(torch.stack([torch.ones(MELS), torch.cos(math.pi * place)]))
+        smooth = low.T @ (low @ spectra)
+        return self.basis.T @ torch.cat([(smooth + gain * (spectra - smooth)).flatten(0, 1), pitches])
 
 
 def _meaning_space(centred: Tensor, phone_map: Tensor, phone_scale: Tensor, vector_scale: Tensor) -> Tensor:

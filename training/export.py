@@ -4,7 +4,8 @@
 
 Of several files the mean is exported, weighted where they are given as FILE=SHARE: of runs that went on from each
 other's weights it is better than any one. Without --talker or --codec that part is the base's own. What the base holds
-beside them (the codec's unused encoder) is copied, so the folder loads in the official `qwen_tts` package too.
+beside them (the codec's unused encoder) is copied, so the folder loads in the official `qwen_tts` package too. What the
+decoder is fed is sharpened on the way (--sharpen): its training makes it smooth, and who hears it needs the formants.
 """
 
 import argparse
@@ -17,7 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from training.codebooks import Codebooks
+
 LIMIT_MB = 25.0
+
+SHARPEN = 1.25
+"""Gain of `Codebooks.sharpening` in what is exported; README.md says how it was chosen."""
 
 
 def averaged(runs: Sequence[str], prefix: str) -> dict[str, Tensor]:
@@ -45,12 +51,20 @@ def write(base: Path, out: Path, fresh: dict[str, Tensor]) -> None:
     (out / "model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner alone
 
 
-def export(base: Path, out: Path, talker: Sequence[str], codec: Sequence[str]) -> float:
+def sharpened(decoder: dict[str, Tensor], sharpening: Tensor) -> dict[str, Tensor]:
+    """A codec's weights whose quantizer gives what it gave, sharpened [64, 64]."""
+    names = [f"decoder.quantizer.{part}.output_proj.weight" for part in ("rvq_first", "rvq_rest")]
+    return decoder | {name: (decoder[name][:, :, 0] @ sharpening)[..., None] for name in names}
+
+
+def export(
+    base: Path, out: Path, talker: Sequence[str], codec: Sequence[str], sharpening: Tensor | None = None
+) -> float:
     """Write the folder; returns its size in MB (10^6 bytes)."""
     shutil.copytree(base, out, dirs_exist_ok=True)
     write(base, out, averaged(talker, "talker."))
-    tokenizer = "speech_tokenizer"
-    write(base / tokenizer, out / tokenizer, averaged(codec, "decoder."))
+    tokenizer, decoder = "speech_tokenizer", averaged(codec, "decoder.")
+    write(base / tokenizer, out / tokenizer, decoder if sharpening is None else sharpened(decoder, sharpening))
     return sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 1e6
 
 
@@ -61,8 +75,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--talker", nargs="+", default=[], metavar="FILE[=SHARE]")
     parser.add_argument("--codec", nargs="+", default=[], metavar="FILE[=SHARE]")
+    parser.add_argument("--codebooks", type=Path, help="of the recordings that --codec was trained on")
+    parser.add_argument("--sharpen", type=float, default=SHARPEN, help="gain of the decoder's formants; 1 for none")
     options = parser.parse_args()
-    size = export(options.base, options.out, options.talker, options.codec)
+    if bool(options.codec) != (options.codebooks is not None):
+        parser.error("--codec and --codebooks belong together: what the decoder is fed is sharpened")
+    sharpening = Codebooks.load(options.codebooks).sharpening(options.sharpen) if options.codebooks else None
+    size = export(options.base, options.out, options.talker, options.codec, sharpening)
     print(f"{options.out}: {size:.1f} MB" + (f", more than {LIMIT_MB:.0f}" if size > LIMIT_MB else ""))
 
 
