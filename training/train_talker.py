@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from pipecat_qwen3.checkpoint import Checkpoint
 from pipecat_qwen3.config import ModelConfig
+from training import needs
 from training.codebooks import Codebooks
 from training.data import HELD_OUT
 from training.rows import Batch, Choice, Utterance, collate, plan, read_texts, read_utterances
@@ -157,13 +158,15 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    needs.check()
     torch.set_num_threads(options.threads)
     options.run.mkdir(parents=True, exist_ok=True)
     trainer, stop = Trainer(options), Stop()
     groups = held_out_groups(options.data[0] / HELD_OUT, trainer.tokenizer)
     rng = random.Random(options.seed + trainer.step)
     source = Texts(rng.randrange(2**31, 2**32))
-    texts = read_texts((source.draw() for _ in range(options.texts)), trainer.tokenizer)
+    texts = read_texts((source.draw() for _ in range(options.texts) if not stop.asked), trainer.tokenizer)
+    print(f"{len(texts)} texts without speech", flush=True)
     groups_of_texts = chain.from_iterable(plan(texts, options.positions // 2, rng) for _ in repeat(None))
     known: list[Path] = []
     utterances: list[Utterance] = []
