@@ -70,7 +70,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--codec-steps", type=int, default=10_000 if gpu else 15_000)
     parser.add_argument("--listener-steps", type=int, default=3000)
     parser.add_argument("--positions", type=int, default=60_000 if gpu else 2000, help="of a batch of the talker")
-    parser.add_argument("--texts", type=int, default=60_000, help="sentences that the talker reads without speech")
     parser.add_argument("--crops", type=int, default=64 if gpu else 4, help="of a batch of the codec")
     parser.add_argument("--workers", type=int, default=max(1, cores // 2 - 1) if gpu else 0, help="that build batches")
     parser.add_argument("--threads", type=int, default=1 if gpu else max(1, cores // 2), help="of each trainer")
@@ -96,8 +95,7 @@ def run(o: argparse.Namespace) -> None:
         step("start", blank, "--codebooks", books, "--tokenizer", pieces)
     step("listener", data, "--out", ears, "--steps", o.listener_steps, "--threads", o.threads)
     both = ["--threads", o.threads, "--workers", o.workers, *([] if o.eager else ["--compile"])]
-    talker = ["--run", runs[0], "--codebooks", books, "--steps", o.talker_steps, "--positions", o.positions]
-    talker += ["--texts", o.texts, *both]
+    talker = ["--run", runs[0], "--codebooks", books, "--steps", o.talker_steps, "--positions", o.positions, *both]
     codec = ["--run", runs[1], "--listener", ears, "--steps", o.codec_steps, "--crops", o.crops, *both]
     first = begin("train_talker", blank, data, *talker)
     if not o.side_by_side:

@@ -93,46 +93,22 @@ def _contents(item: int) -> int | None:
     return ctypes.cast(item, POINTER(c_void_p))[0]
 
 
-def _segments(utterance: int) -> tuple[list[tuple[int, str, int]], int]:
-    """An utterance's segments, each with its phone and its word or -1, and how many words there are."""
-    tokens = {_contents(item): index for index, item in enumerate(_items(utterance, b"Token"))}
-    token_of = _function("path_to_item", c_void_p, c_void_p, c_char_p)
-    name = _function("item_feat_string", c_char_p, c_void_p, c_char_p)
-    segments = []
-    for item in _items(utterance, b"Segment"):
-        token = token_of(item, b"R:SylStructure.parent.parent.R:Token.parent")
-        segments.append((item, name(item, b"name").decode(), tokens.get(_contents(token), -1) if token else -1))
-    return segments, len(tokens)
-
-
 def record(text: str, voice: str) -> Recording:
     """Let flite say an ASCII text."""
     utterance = _function("flite_synth_text", c_void_p, c_char_p, c_void_p)(text.encode("ascii"), _voice(voice))
     wave = _function("utt_wave", POINTER(_Wave), c_void_p)(utterance).contents
     samples = np.ctypeslib.as_array(wave.samples, shape=(wave.count,)).copy()
+    tokens = {_contents(item): index for index, item in enumerate(_items(utterance, b"Token"))}
+    token_of = _function("path_to_item", c_void_p, c_void_p, c_char_p)
+    name = _function("item_feat_string", c_char_p, c_void_p, c_char_p)
     end = _function("item_feat_float", c_float, c_void_p, c_char_p)
-    segments, words = _segments(utterance)
-    phones = [Phone(name, end(item, b"end"), word) for item, name, word in segments]
+    phones = []
+    for segment in _items(utterance, b"Segment"):
+        token = token_of(segment, b"R:SylStructure.parent.parent.R:Token.parent")
+        word = tokens.get(_contents(token), -1) if token else -1
+        phones.append(Phone(name(segment, b"name").decode(), end(segment, b"end"), word))
     _function("delete_utterance", None, c_void_p)(utterance)
-    return Recording(samples, phones, words)
-
-
-def word_phones(text: str) -> list[bytes]:
-    """Indices into PHONES of each whitespace-separated word of an ASCII text, in its context, without a recording.
-
-    A hundredth of the time that `record` takes: flite stops where it knows the segments.
-    """
-    utterance = _function("new_utterance", c_void_p)()
-    _function("utt_set_input_text", c_void_p, c_void_p, c_char_p)(utterance, text.encode("ascii"))
-    until_segments = ctypes.cast(_libraries()[0].utt_synth_text2segs, c_void_p)
-    _function("flite_do_synth", c_void_p, c_void_p, c_void_p, c_void_p)(utterance, _voice(VOICES[0]), until_segments)
-    segments, count = _segments(utterance)
-    _function("delete_utterance", None, c_void_p)(utterance)
-    words: list[list[int]] = [[] for _ in range(count)]
-    for _, name, word in segments:
-        if word >= 0 and name in PHONES:
-            words[word].append(PHONES.index(name))
-    return [bytes(word) for word in words]
+    return Recording(samples, phones, len(tokens))
 
 
 @cache

@@ -7,9 +7,8 @@ Knows no weights.
 
 import random
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from pipecat_qwen3.backend import Layout
 from pipecat_qwen3.config import ModelConfig
-from training.flite import VOICES, word_phones
+from training.flite import VOICES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,20 +30,14 @@ DROPOUT_SHARE, DROPOUT = 0.35, 0.12
 word is cut where no word of the texts was, so its pieces must be known from other company."""
 
 
-LONGEST_WORD = 20
-"""So many phones of a word are asked for."""
-
-
 class Utterance(NamedTuple):
-    """A text and its speech, or a text alone (n = 0).
+    """A text and its speech.
 
-    ids, token_words [tokens]: the text's tokens and the word that each belongs to; said [words]: each word's phones;
-    codes [n,8], phones [n,4], words [n]
+    ids, token_words [tokens]: the text's tokens and the word that each belongs to; codes [n,8], phones [n,4], words [n]
     """
 
     ids: list[int]
     token_words: list[int]
-    said: list[bytes]
     codes: Tensor
     phones: Tensor
     words: Tensor
@@ -53,14 +46,12 @@ class Utterance(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right to T positions and N frames; -1 means: none (-2 of words, -100 where it is a target).
+    """Rows padded on the right to T positions and N frames; -1 means: none (-100 in labels, -2 in token_words).
 
     text, codec [B,T]   ids of the two embeddings that are summed
     frame, target [B,T] index of the frame whose codes are this position's input, and of the one it must predict
     label [B,T]         code 0 of the target frame, or end of speech
     token_words [B,T]   word of the text token at this position
-    ended [B,T]         word that has just ended: at the first token after it, where all of it is known
-    said [B,W,20]       phones of each word, then one "pau", then -100
     codes [B,N,8], phones [B,N,4], words [B,N]
     """
 
@@ -70,8 +61,6 @@ class Batch:
     target: Tensor
     label: Tensor
     token_words: Tensor
-    ended: Tensor
-    said: Tensor
     codes: Tensor
     phones: Tensor
     words: Tensor
@@ -99,22 +88,12 @@ def read_utterances(paths: Sequence[Path], tokenizer: "PreTrainedTokenizerBase")
         columns = [torch.split(shard[name].clone(), lengths) for name in ("codes", "phones", "words")]
         for text, voice, codes, phones, words in zip(shard["texts"], shard["voices"].tolist(), *columns, strict=True):
             ids, token_words = tokens_and_words(tokenizer, text)
-            utterances.append(Utterance(ids, token_words, word_phones(text), codes, phones, words, voice))
+            utterances.append(Utterance(ids, token_words, codes, phones, words, voice))
     return utterances
 
 
-def read_texts(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> list[Utterance]:
-    """Texts alone, in one voice or the other: their words' phones can be learnt without speech."""
-    nothing = torch.zeros(0, 8), torch.zeros(0, 4), torch.zeros(0)
-    return [
-        Utterance(*tokens_and_words(tokenizer, text), said, *nothing, index % len(VOICES))
-        for index, text in enumerate(texts)
-        if len(said := word_phones(text)) == len(text.split())
-    ]
-
-
 def row(config: ModelConfig, utterance: Utterance, layout: Layout, auto: bool) -> dict[str, list[int]]:
-    """Batch's lists of positions for one utterance, all of one length."""
+    """The lists of Batch for one utterance: text, codec, frame, target, label, token_words, all of one length."""
     ids, count = config.ids, len(utterance.codes)
     language = [ids.nothink, ids.think_bos, ids.think_eos]
     if not auto:
@@ -135,7 +114,6 @@ def row(config: ModelConfig, utterance: Utterance, layout: Layout, auto: bool) -
     start = len(text) - 1
     text, codec = text + following, codec + [-1] * count
     token_words = [-2] * begin + utterance.token_words
-    ended = [-2] * (begin + 1) + [a if a != b else -2 for a, b in pairwise([*utterance.token_words, -2])]
     return {
         "text": text,
         "codec": codec,
@@ -143,14 +121,13 @@ def row(config: ModelConfig, utterance: Utterance, layout: Layout, auto: bool) -
         "target": [-1] * start + [*range(count), -1],
         "label": [-100] * start + [*utterance.codes[:, 0].tolist(), ids.codec_eos],
         "token_words": (token_words + [-2] * len(text))[: len(text)],
-        "ended": (ended + [-2] * len(text))[: len(text)],
     }
 
 
 NEWLINE = 198
 """Id of a newline in every byte-level vocabulary of GPT-2's alphabet: the end of the role's line."""
 
-_PADDING = {"text": 0, "codec": -1, "frame": -1, "target": -1, "label": -100, "token_words": -2, "ended": -2}
+_PADDING = {"text": 0, "codec": -1, "frame": -1, "target": -1, "label": -100, "token_words": -2}
 
 
 class Choice(NamedTuple):
@@ -166,7 +143,7 @@ def collate(config: ModelConfig, choices: Sequence[Choice]) -> Batch:
     rows = [row(config, *choice) for choice in choices]
     utterances = [choice.utterance for choice in choices]
     width = max(len(r["text"]) for r in rows)
-    frames = max(1, *(len(u.codes) for u in utterances))
+    frames = max(len(u.codes) for u in utterances)
     columns = {
         name: torch.tensor([r[name] + [padding] * (width - len(r[name])) for r in rows])
         for name, padding in _PADDING.items()
@@ -174,16 +151,12 @@ def collate(config: ModelConfig, choices: Sequence[Choice]) -> Batch:
     codes = torch.zeros(len(rows), frames, utterances[0].codes.shape[1], dtype=torch.long)
     phones = torch.zeros(len(rows), frames, 4, dtype=torch.long)
     words = torch.full((len(rows), frames), -1)
-    said = torch.full((len(rows), max(len(u.said) for u in utterances), LONGEST_WORD), -100)
     for index, utterance in enumerate(utterances):
         count = len(utterance.codes)
-        for place, word in enumerate(utterance.said):
-            ending = torch.tensor([*word, 0])[:LONGEST_WORD]
-            said[index, place, : len(ending)] = ending
         codes[index, :count] = utterance.codes
         phones[index, :count] = utterance.phones
         words[index, :count] = utterance.words
-    return Batch(**columns, said=said, codes=codes, phones=phones, words=words)
+    return Batch(**columns, codes=codes, phones=phones, words=words)
 
 
 def plan(utterances: Sequence[Utterance], positions: int, rng: random.Random) -> list[list[Choice]]:
@@ -197,8 +170,7 @@ def plan(utterances: Sequence[Utterance], positions: int, rng: random.Random) ->
             length = len(utterance.codes) + len(utterance.ids) + 12
             if current[-1] and length * (len(current[-1]) + 1) > positions:
                 current.append([])
-            layout: Layout = rng.choice(("whole", "streaming")) if len(utterance.codes) else "whole"
-            current[-1].append(Choice(utterance, layout, rng.random() < AUTO_SHARE))
+            current[-1].append(Choice(utterance, rng.choice(("whole", "streaming")), rng.random() < AUTO_SHARE))
         rng.shuffle(current)
         groups += current
     return groups

@@ -6,7 +6,7 @@ the talker, codes 1-7 by the code predictor) the talker's hidden state is asked 
 phones through two linear maps that are not exported.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,34 +14,30 @@ from torch import Tensor, nn
 
 from megakernel import reference
 from megakernel.shape import StackShape
-from pipecat_qwen3.decoder_layer import DecoderLayer
+from pipecat_qwen3.decoder_layer import DecoderLayer, Norm
 from pipecat_qwen3.talker import Talker
 from training.flite import PHONES
-from training.rows import LONGEST_WORD, Batch
+from training.rows import Batch
 
 GUIDED_LAYER = 2
 """The layer whose first head is told which text tokens are being spoken."""
 
-SAID_LAYER = 1
-"""The layer behind which the first token after a word must know all of the word's phones."""
-
 PREDICTOR_WEIGHTS = (0.5, 0.3, 0.2, 0.12, 0.1, 0.08, 0.08)
 """Weights of codes 1..7: the first ones are the audible ones."""
 
-VECTOR_WEIGHT, PHONE_WEIGHT, SAID_WEIGHT = 2.0, 0.4, 0.3
+VECTOR_WEIGHT, PHONE_WEIGHT = 2.0, 0.4
 HISTORY_NOISE = 0.10
 """Share of input frames whose code 0 is replaced by one of its six nearest neighbours (and twice that for the later
 codes, which then come from another frame): in real life the history is the model's own, with its mistakes."""
 
 
 class AuxiliaryHeads(nn.Module):
-    """Linear maps from the talker's states to acoustic vectors, a frame's phones and a word's; for training only."""
+    """Linear maps from the talker's hidden state to acoustic vectors and phones; for training only."""
 
     def __init__(self, hidden: int, dimensions: int) -> None:
         super().__init__()
         self.vector = nn.Linear(hidden, dimensions)
         self.phones = nn.Linear(hidden, 4 * len(PHONES))
-        self.said = nn.Sequential(nn.RMSNorm(hidden), nn.Linear(hidden, LONGEST_WORD * len(PHONES)))
 
 
 def attention_layer(
@@ -75,16 +71,17 @@ class TalkerLoss:
             torch._dynamo.config.specialize_int = True
             self.layer = torch.compile(attention_layer, dynamic=True)
 
-    def _layers(
-        self, layers: Iterable[nn.Module], x: Tensor, shape: StackShape, watch: int = -1
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """What each layer gives, and what head 0 of layer `watch` attends to."""
+    def _stack(
+        self, layers: nn.ModuleList, norm: Norm, x: Tensor, shape: StackShape, watch: int
+    ) -> tuple[Tensor, Tensor | None]:
         t = x.shape[1]
         cos, sin = reference.rope_table(shape, t, x.device)[:, :, None, :]
         mask = torch.full((t, t), -1e9, device=x.device).triu(1)
+        log_attention = None
         for index, layer in enumerate(layers):
             x, watched = self.layer(layer, x, shape, cos, sin, mask, index == watch)
-            yield x, watched
+            log_attention = watched if index == watch else log_attention
+        return reference.rms_norm(x, norm.weight, shape.norm_eps), log_attention
 
     def _noisy(self, codes: Tensor) -> Tensor:
         """Codes [B,N,8] as the model itself might have spoken them."""
@@ -114,7 +111,7 @@ class TalkerLoss:
         return x + frames.gather(1, index) * (batch.frame >= 0)[..., None]
 
     def __call__(self, batch: Batch, noise: bool, guided: bool, share: float) -> dict[str, Tensor]:
-        """Losses by name, each a mean: code0, end, guided, vector, phones, said [], predictor [7]; accuracy [] is none.
+        """Losses by name, each a mean: code0, end, guided, vector, phones [] and predictor [7]; accuracy [] is no loss.
 
         share   of the frames on which the code predictor is trained in this call
         """
@@ -123,8 +120,9 @@ class TalkerLoss:
         device = batch.text.device.type
         x = self._inputs(batch, self._noisy(batch.codes) if noise else batch.codes)
         with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
-            outputs = list(self._layers(talker.model.layers, x, shape.talker, GUIDED_LAYER if guided else -1))
-            hidden = reference.rms_norm(outputs[-1][0], talker.model.norm.weight, shape.talker.norm_eps)
+            hidden, log_attention = self._stack(
+                talker.model.layers, talker.model.norm, x, shape.talker, GUIDED_LAYER if guided else -1
+            )
             labelled = batch.label >= 0
             logits = talker.codec_head(hidden[labelled]).float()
         labels = batch.label[labelled]
@@ -141,10 +139,9 @@ class TalkerLoss:
             "end": F.cross_entropy(logits[ends], labels[ends]),
             "vector": F.mse_loss(self.heads.vector(states.float()), vectors),
             "phones": F.cross_entropy(phone_logits, batch.phones[rows, frames].flatten()),
-            "said": self._said(batch, outputs[SAID_LAYER][0]),
             "guided": torch.zeros((), device=x.device),
         }
-        if (log_attention := outputs[GUIDED_LAYER][1]) is not None:
+        if log_attention is not None:
             losses["guided"] = self._guided(batch, log_attention)
         if share < 1:
             some = torch.randperm(len(codes), device=x.device)[: max(8, int(share * len(codes)))]
@@ -155,29 +152,11 @@ class TalkerLoss:
     autocast = True
     """bfloat16 matrix products; tests switch it off."""
 
-    def read(self, batch: Batch) -> Tensor:
-        """The loss [] of the words' phones alone, for texts without speech."""
-        talker = self.talker
-        shape = talker.config.shape.talker
-        x = self._inputs(batch, batch.codes)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
-            *_, (x, _) = self._layers(talker.model.layers[: SAID_LAYER + 1], x, shape)
-        return self._said(batch, x)
-
-    def _said(self, batch: Batch, x: Tensor) -> Tensor:
-        """Cross-entropy of the phones of each word at the first token after it; x [B,T,H] behind SAID_LAYER.
-
-        Earlier the word may still go on: "36" becomes "365" and "gir" a giraffe.
-        """
-        rows, columns = (batch.ended >= 0).nonzero(as_tuple=True)
-        logits = self.heads.said(x[rows, columns].float()).view(-1, len(PHONES))
-        return F.cross_entropy(logits, batch.said[rows, batch.ended[rows, columns]].flatten())
-
     def _guided(self, batch: Batch, log_attention: Tensor) -> Tensor:
-        """-log of the attention on the tokens of the word being spoken and the one after, where there are any."""
+        """-log of the attention that falls on the tokens of the word being spoken, over positions that have any."""
         index = batch.target.clamp(min=0)
-        spoken = batch.words.gather(1, index).where(batch.target >= 0, -1)[:, :, None]
-        wanted = ((spoken == batch.token_words[:, None, :]) | (spoken == batch.ended[:, None, :])).tril()
+        spoken = batch.words.gather(1, index).where(batch.target >= 0, -1)
+        wanted = (spoken[:, :, None] == batch.token_words[:, None, :]).tril()
         some = wanted.any(-1)
         return -log_attention[some].masked_fill(~wanted[some], -1e4).logsumexp(-1).mean()
 
@@ -189,8 +168,7 @@ class TalkerLoss:
         x = torch.stack([states.float(), talker.model.codec_embedding(codes[:, 0]), *later], 1)
         shape = talker.config.shape.predictor
         with torch.autocast(codes.device.type, torch.bfloat16, enabled=self.autocast):
-            *_, (y, _) = self._layers(predictor.model.layers, predictor.project(x), shape)
-            y = reference.rms_norm(y, predictor.model.norm.weight, shape.norm_eps)
+            y, _ = self._stack(predictor.model.layers, predictor.model.norm, predictor.project(x), shape, -1)
             return torch.stack(
                 [
                     F.cross_entropy(head(y[:, g]).float(), codes[:, g])
@@ -208,5 +186,4 @@ def total(losses: dict[str, Tensor], guided_weight: float) -> Tensor:
         + guided_weight * losses["guided"]
         + VECTOR_WEIGHT * losses["vector"]
         + PHONE_WEIGHT * losses["phones"]
-        + SAID_WEIGHT * (losses["said"] + losses["read"])
     )

@@ -10,9 +10,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pipecat_qwen3.checkpoint import Checkpoint
-from pipecat_qwen3.config import ModelConfig
-from training import needs
 from training.codebooks import Codebooks
 from training.data import HELD_OUT
-from training.rows import Batch, Choice, Utterance, collate, plan, read_texts, read_utterances
+from training.rows import Batch, Choice, Utterance, collate, plan, read_utterances
 from training.steps import INTERRUPTED, Stop, rate, shards
 from training.talker_loss import AuxiliaryHeads, TalkerLoss, total
-from training.text import Texts, held_out
+from training.text import held_out
 
 AVERAGE = 0.9985
 """Decay a step of the averaged weights, which are what is exported."""
@@ -79,14 +75,13 @@ class Trainer:
         torch.save(state, self.path.with_suffix(".part"))
         self.path.with_suffix(".part").rename(self.path)
 
-    def learn(self, batch: Batch, texts: Batch) -> dict[str, Tensor]:
-        """One step on a batch of speech and one of texts alone: its losses."""
+    def learn(self, batch: Batch) -> dict[str, Tensor]:
+        """One step on one batch: its losses."""
         options, batch = self.options, batch.to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * rate(self.step, options.steps, options.warm, options.hold)
         guided = options.guided * max(0.0, 1 - self.step / options.steps / options.guided_until)
         losses = self.loss(batch, noise=True, guided=guided > 0, share=options.predictor_share)
-        losses["read"] = self.loss.read(texts.to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
         total(losses, guided).backward()
         torch.nn.utils.clip_grad_norm_(self.talker.parameters(), 1.0)
@@ -102,19 +97,20 @@ class Trainer:
 
     @torch.no_grad()
     def examine(self, groups: dict[str, list[Utterance]]) -> dict[str, float]:
-        """Losses of the averaged weights on held-out recordings, without noise: code 0 and words' phones per group."""
+        """Losses of the averaged weights on held-out recordings, without noise: code 0 per group and layout, code 1."""
         kept = {name: x.clone() for name, x in self.talker.state_dict().items()}
         self.talker.load_state_dict(self.average)
         figures: dict[str, float] = {}
         for name, utterances in groups.items():
             for layout in ("whole", "streaming"):
-                found = torch.zeros(2)
+                found, weight = 0.0, 0
                 for begin in range(0, len(utterances), 30):
                     part = utterances[begin : begin + 30]
                     batch = collate(self.config, [Choice(u, layout, False) for u in part]).to(self.device)
                     losses = self.loss(batch, noise=False, guided=False, share=0.0)
-                    found += torch.tensor([losses["code0"], losses["said"]]) * len(part) / len(utterances)
-                figures[f"{name} {layout}"], figures[f"{name} {layout} said"] = found.tolist()
+                    found += losses["code0"].item() * len(part)
+                    weight += len(part)
+                figures[f"{name} {layout}"] = found / weight
         self.talker.load_state_dict(kept)
         return figures
 
@@ -130,11 +126,6 @@ def held_out_groups(path: Path, tokenizer: Any) -> dict[str, list[Utterance]]:
     return {name: utterances for name, utterances in found.items() if utterances}
 
 
-def collate_all(config: ModelConfig, groups: Iterable[Sequence[Choice]]) -> list[Batch]:
-    """Several groups as batches."""
-    return [collate(config, group) for group in groups]
-
-
 def main() -> None:
     """Train until --steps; the same command goes on where the last one stopped."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -148,7 +139,6 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=200)
     parser.add_argument("--hold", type=float, default=0.35)
     parser.add_argument("--positions", type=int, default=2000, help="of a batch; 60000 suits a GPU")
-    parser.add_argument("--texts", type=int, default=60_000, help="sentences without speech, for their words' phones")
     parser.add_argument("--predictor-share", type=float, default=0.25)
     parser.add_argument("--guided", type=float, default=0.8)
     parser.add_argument("--guided-until", type=float, default=0.45)
@@ -158,16 +148,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    needs.check()
     torch.set_num_threads(options.threads)
     options.run.mkdir(parents=True, exist_ok=True)
     trainer, stop = Trainer(options), Stop()
     groups = held_out_groups(options.data[0] / HELD_OUT, trainer.tokenizer)
     rng = random.Random(options.seed + trainer.step)
-    source = Texts(rng.randrange(2**31, 2**32))
-    texts = read_texts((source.draw() for _ in range(options.texts) if not stop.asked), trainer.tokenizer)
-    print(f"{len(texts)} texts without speech", flush=True)
-    groups_of_texts = chain.from_iterable(plan(texts, options.positions // 2, rng) for _ in repeat(None))
     known: list[Path] = []
     utterances: list[Utterance] = []
     said = saved = time.monotonic()
@@ -179,13 +164,13 @@ def main() -> None:
             known = found
             print(f"{len(utterances)} utterances, {sum(len(u.codes) for u in utterances)} frames", flush=True)
         loader = DataLoader(
-            list(zip(plan(utterances, options.positions, rng), groups_of_texts, strict=False)),  # type: ignore[arg-type]
+            plan(utterances, options.positions, rng),  # type: ignore[arg-type]
             batch_size=None,
-            collate_fn=partial(collate_all, trainer.config),
+            collate_fn=partial(collate, trainer.config),
             num_workers=options.workers,
         )
-        for batch, without_speech in loader:
-            losses = trainer.learn(batch, without_speech)
+        for batch in loader:
+            losses = trainer.learn(batch)
             sums = {name: sums.get(name, 0) + x for name, x in losses.items()}
             count += 1
             now, done = time.monotonic(), trainer.step >= options.steps
