@@ -65,6 +65,7 @@ def results(tmp_path: Path) -> Path:
     figures = {f"rms {layout} greedy{group}": heard for layout in ("whole", "streaming") for group in groups}
     figures["rms streaming greedy pair"] = heard | {"words": 300, "wer": 0.3}
     keep("asr_loop_embedded_greedy", figures=figures)
+    keep("asr_loop_embedded_own", figures={name.replace("greedy", "own"): row for name, row in figures.items()})
     keep("peers-0.6b-bf16-cpu-20260101-000000", sides=PEERS)
     return folder
 
@@ -177,8 +178,9 @@ def test_the_documents_say_what_bench_results_says(capsys: pytest.CaptureFixture
     assert report.main(["--check"]) == 0, capsys.readouterr().err
 
 
-def test_what_is_heard_is_told_by_voice_and_group_of_sentences(document: Path, results: Path) -> None:
-    text = filled("<!-- bench:heard asr_loop_embedded_greedy --><!-- /bench -->", document, results)
+@pytest.mark.parametrize("sampling", ["greedy", "own"])
+def test_what_is_heard_is_told_by_voice_and_group_of_sentences(sampling: str, document: Path, results: Path) -> None:
+    text = filled(f"<!-- bench:heard asr_loop_embedded_{sampling} --><!-- /bench -->", document, results)
     assert "| rms, all | 10.0 | 20.0 | 20.0 |" in text
     assert "| rms, known words | 10.0 | 20.0 | 25.0 |" in text, "weighted by words"
     one = filled("<!-- bench:word_error asr_loop_embedded_greedy : rms, flite --><!-- /bench -->", document, results)
