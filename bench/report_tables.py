@@ -127,7 +127,7 @@ def word_error(record: Record, choice: str) -> str:
 
 def _word_error(record: Record, voice: str, layout: str, groups: Sequence[str]) -> float:
     figures, ours = record["figures"], layout if layout != "flite" else "whole"
-    sampling = "own" if f"{voice} {ours} own" in figures else "greedy"
+    sampling = "greedy" if f"{voice} {ours} greedy" in figures else "own"
     some = [figures[f"{voice} {ours} {sampling} {group}".strip()] for group in groups]
     errors = sum(one["words"] * one["flite_wer" if layout == "flite" else "wer"] for one in some)
     return errors / sum(one["words"] for one in some)
