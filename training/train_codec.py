@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pipecat_qwen3.checkpoint import Checkpoint
-from training import codec_loss
+from training import codec_loss, critic
 from training.crops import Crops, Piece
 from training.data import HELD_OUT
 from training.features import MELS
@@ -43,12 +43,13 @@ class Trainer:
         checkpoint = Checkpoint.open(options.base)
         self.options, self.device = options, torch.device(options.device)
         self.decoder = checkpoint.load_codec().to(self.device).train().requires_grad_(True)
-        if options.init:
-            state = torch.load(options.init, weights_only=True, map_location=self.device)["m"]
-            self.decoder.load_state_dict({name: x.float() for name, x in state.items()}, strict=False)
-        self.decoder.quantizer.requires_grad_(False)
         # 50 Hz latents -> two 10 ms mel spectra: gives the trunk a gradient of its own; not exported
         self.mel_head = nn.Linear(checkpoint.codec_config.latent, 2 * MELS).to(self.device)
+        if options.init:
+            begun = torch.load(options.init, weights_only=True, map_location=self.device)
+            self.decoder.load_state_dict(begun["average"])
+            self.mel_head.load_state_dict(begun["mel_head"])
+        self.decoder.quantizer.requires_grad_(False)
         self.listener = Listener.load(options.listener).to(self.device)
         self.parameters = [p for p in self.decoder.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -58,6 +59,10 @@ class Trainer:
             weight_decay=0.0,
             fused=True,
         )
+        self.critic = critic.Critic().to(self.device)
+        self.critic_optimizer = torch.optim.AdamW(
+            self.critic.parameters(), lr=critic.LEARNING_RATE, betas=(0.5, 0.98), weight_decay=0.0, fused=True
+        )
         self.average = {name: x.clone() for name, x in self.decoder.state_dict().items()}
         self.step, self.seconds = 0, 0.0
         self.path = options.run / "last.pt"
@@ -66,17 +71,19 @@ class Trainer:
         if options.compile:
             codec_loss.wave = torch.compile(codec_loss.wave)
 
+    def _parts(self) -> dict[str, Any]:
+        names = ("decoder", "mel_head", "optimizer", "critic", "critic_optimizer")
+        return {name: getattr(self, name) for name in names}
+
     def _resume(self, saved: dict[str, Any]) -> None:
-        self.decoder.load_state_dict(saved["decoder"])
-        self.mel_head.load_state_dict(saved["mel_head"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        for name, part in self._parts().items():
+            part.load_state_dict(saved[name])
         self.average, self.step, self.seconds = saved["average"], saved["step"], saved["seconds"]
         print(f"resumed at step {self.step}", flush=True)
 
     def save(self) -> None:
         """Write everything that `_resume` needs."""
-        parts = {"decoder": self.decoder, "mel_head": self.mel_head, "optimizer": self.optimizer}
-        state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+        state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
         torch.save(
             state | {"average": self.average, "step": self.step, "seconds": self.seconds},
             self.path.with_suffix(".part"),
@@ -95,9 +102,16 @@ class Trainer:
             magnitudes = codec_loss.magnitudes(wanted, 1024, 240)[:, : codes.shape[2] * 8]
             target = codec_loss.log_mel(magnitudes, 1024, MELS)
         apart = self.listener.difference(spectra(made), spectra(wanted))
-        trunk = (self.mel_head(latents.transpose(1, 2)).unflatten(-1, (2, MELS)).flatten(1, 2) - target).abs().mean()
+        expected = self.mel_head(latents.transpose(1, 2)).unflatten(-1, (2, MELS)).flatten(1, 2)
+        trunk = (expected - target).abs().mean()
+        said = {"loss": loss, "mel": mel, "heard": apart, "trunk": trunk}
+        total = loss + LISTENED * apart + 0.3 * (1 - self.step / options.steps) * trunk
+        if options.critic:
+            felt = options.critic * min(1.0, max(0.0, self.step / critic.WARM - 1))
+            complaint, said["opinion"], said["mistakes"] = self._criticise(made, wanted, expected.detach(), felt > 0)
+            total = total + felt * complaint
         self.optimizer.zero_grad(set_to_none=True)
-        (loss + LISTENED * apart + 0.3 * (1 - self.step / options.steps) * trunk).backward()
+        total.backward()
         nn.utils.clip_grad_norm_(self.parameters, 2.0)
         self.optimizer.step()
         self.step += 1
@@ -106,7 +120,23 @@ class Trainer:
             with torch.no_grad():
                 for name, x in self.decoder.state_dict().items():
                     self.average[name].lerp_(x, 1 - decay)
-        return {"loss": loss.item(), "mel": mel.item(), "heard": apart.item(), "trunk": trunk.item()}
+        return {name: x.item() for name, x in said.items()}
+
+    def _criticise(
+        self, made: Tensor, wanted: Tensor, expected: Tensor, felt: bool
+    ) -> tuple[Tensor | float, Tensor, Tensor]:
+        """One step of the critic; what it then has to say of the waves [N, samples], its opinion, its own loss."""
+        ours, theirs = critic.picture(made, expected), critic.picture(wanted, expected)
+        mistakes = self.critic.mistakes([x.detach() for x in ours], theirs)
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        mistakes.backward()
+        self.critic_optimizer.step()
+        if not felt:
+            return 0.0, torch.zeros(()), mistakes
+        self.critic.requires_grad_(False)
+        complaint, opinion = self.critic.complaint(ours, theirs)
+        self.critic.requires_grad_(True)
+        return complaint, opinion, mistakes
 
     def examine(self, batches: list[Piece]) -> dict[str, float]:
         """Losses of the averaged weights on pieces of held-out recordings."""
@@ -130,7 +160,8 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="+")
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--listener", type=Path, required=True, help="what `python -m training.listener` wrote")
-    parser.add_argument("--init", type=Path, help="weights to begin with instead of the base's")
+    parser.add_argument("--init", type=Path, help="a trainer's last.pt whose weights are the beginning")
+    parser.add_argument("--critic", type=float, default=0.0, metavar="WEIGHT", help="of an adversary; 0 for none")
     parser.add_argument("--steps", type=int, default=15_000)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--warm", type=int, default=150)

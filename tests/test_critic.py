@@ -1,0 +1,74 @@
+"""The critic hears what a distance forgives, the decoder feels it, and a trainer that goes on has the same critic."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from training import critic
+from training.features import MELS
+from training.listener import Listener
+from training.train_codec import Trainer
+
+EXPECTED = torch.zeros(2, 16, MELS)
+"""What codes let expect of two pieces of two frames."""
+
+
+def rough(some: torch.Generator) -> Tensor:
+    return 0.1 * torch.randn(2, 3840, generator=some)
+
+
+def smooth(some: torch.Generator) -> Tensor:
+    """Waves as loud as `rough` ones whose spectra are flat: one click in every window."""
+    clicks = torch.zeros(2, 3840)
+    clicks[:, int(torch.randint(0, 60, (), generator=some)) :: 100] = 1.0
+    return clicks
+
+
+def test_smooth_spectra_are_told_from_rough_ones() -> None:
+    some = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    judge = critic.Critic()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=critic.LEARNING_RATE)
+    for _ in range(40):
+        mistakes = judge.mistakes(critic.picture(smooth(some), EXPECTED), critic.picture(rough(some), EXPECTED))
+        optimizer.zero_grad()
+        mistakes.backward()
+        optimizer.step()
+    same = judge.mistakes(critic.picture(rough(some), EXPECTED), critic.picture(rough(some), EXPECTED))
+    assert mistakes < 0.2 < 0.5 <= same
+
+
+def test_silence_is_judged_with_finite_gradients() -> None:
+    waves = torch.zeros(2, 3840, requires_grad=True)
+    complaint, _ = critic.Critic().complaint(critic.picture(waves, EXPECTED), critic.picture(waves.detach(), EXPECTED))
+    complaint.backward()
+    assert waves.grad is not None
+    assert waves.grad.isfinite().all()
+
+
+def trainer(run: Path, weight: float) -> Trainer:
+    run.mkdir(exist_ok=True)
+    torch.save(Listener().state_dict(), run / "listener.pt")
+    said = {"base": "embedded", "init": None, "seed": 0, "device": "cpu", "compile": False, "critic": weight}
+    schedule = {"lr": 1e-3, "steps": 10, "warm": 1, "hold": 0.5}
+    return Trainer(argparse.Namespace(**said, **schedule, run=run, listener=run / "listener.pt"))
+
+
+def test_the_decoder_learns_otherwise_with_a_critic_which_a_later_run_takes_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(critic, "WARM", 1)
+    codes, waves = torch.randint(0, 512, (2, 8, 2)), rough(torch.Generator().manual_seed(0))
+    learnt = []
+    for weight in (0.0, 1.0):
+        one = trainer(tmp_path / str(weight), weight)
+        for _ in range(3):
+            losses = one.learn(codes, waves)
+        learnt.append(one.decoder.state_dict())
+    assert losses["opinion"] > 0
+    assert any(not torch.equal(x, learnt[0][name]) for name, x in learnt[1].items())
+    one.save()
+    torch.testing.assert_close(trainer(one.path.parent, 1.0).critic.state_dict(), one.critic.state_dict())
