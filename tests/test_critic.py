@@ -32,6 +32,7 @@ def test_smooth_spectra_are_told_from_rough_ones() -> None:
     torch.manual_seed(0)
     judge = critic.Critic()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=critic.LEARNING_RATE)
+    mistakes = torch.ones(())
     for _ in range(40):
         mistakes = judge.mistakes(critic.picture(smooth(some), EXPECTED), critic.picture(rough(some), EXPECTED))
         optimizer.zero_grad()
@@ -62,13 +63,15 @@ def test_the_decoder_learns_otherwise_with_a_critic_which_a_later_run_takes_up(
 ) -> None:
     monkeypatch.setattr(critic, "WARM", 1)
     codes, waves = torch.randint(0, 512, (2, 8, 2)), rough(torch.Generator().manual_seed(0))
-    learnt = []
+    learnt: list[Trainer] = []
+    losses: dict[str, float] = {}
     for weight in (0.0, 1.0):
         one = trainer(tmp_path / str(weight), weight)
         for _ in range(3):
             losses = one.learn(codes, waves)
-        learnt.append(one.decoder.state_dict())
+        one.save()
+        learnt.append(one)
     assert losses["opinion"] > 0
-    assert any(not torch.equal(x, learnt[0][name]) for name, x in learnt[1].items())
-    one.save()
-    torch.testing.assert_close(trainer(one.path.parent, 1.0).critic.state_dict(), one.critic.state_dict())
+    without, judged = (one.decoder.state_dict() for one in learnt)
+    assert any(not torch.equal(x, judged[name]) for name, x in without.items())
+    torch.testing.assert_close(trainer(tmp_path / "1.0", 1.0).critic.state_dict(), learnt[1].critic.state_dict())

@@ -72,7 +72,7 @@ class Trainer:
             codec_loss.wave = torch.compile(codec_loss.wave)
 
     def _parts(self) -> dict[str, Any]:
-        names = ("decoder", "mel_head", "optimizer", "critic", "critic_optimizer")
+        names = ("decoder", "mel_head", "optimizer", *(("critic", "critic_optimizer") if self.options.critic else ()))
         return {name: getattr(self, name) for name in names}
 
     def _resume(self, saved: dict[str, Any]) -> None:
