@@ -8,31 +8,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from bench.speak import MARGIN_S, ROOT, Condition, flite, speak, speech_seconds
 from bench.word_errors import ends
 from pipecat_qwen3.backend import FRAME_SAMPLES, SAMPLE_RATE
-from pipecat_qwen3.codec_runner import CodecRunner, Part, Samples
+from pipecat_qwen3.codec_runner import Mute
 from pipecat_qwen3.local import LocalBackend
 
 SEED = 77
 """Of the sentences; the seeds of the training texts begin at 1,000,003."""
-
-
-class Mute(CodecRunner):
-    """Stands in for the engine's codec: silence as long as the speech."""
-
-    def __init__(self) -> None:
-        pass
-
-    def decode(self, codes: Tensor, rows: Sequence[int]) -> Samples:
-        """Codes [N,C,T] -> zeros [N, samples]."""
-        return Samples([[Part(torch.zeros(len(rows), codes.shape[2] * FRAME_SAMPLES))]])
-
-    def reset(self, row: int) -> None:
-        """Nothing is remembered."""
 
 
 def generated(count: int) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipecat_qwen3.backend import FRAME_SAMPLES
 from pipecat_qwen3.codec import FoldedCodec
 from pipecat_qwen3.codec_state import CodecState
 
@@ -68,6 +69,20 @@ class CodecRunner:
     def copy_row(self, src: int, dst: int, source: CodecState | None = None) -> None:
         """Make row `dst` a copy of row `src` of this state, or of `source`, which may keep primed voices."""
         self.state.copy_row(src, dst, source)
+
+
+class Mute(CodecRunner):
+    """Stands in where only codes are wanted: silence as long as the speech."""
+
+    def __init__(self) -> None:
+        pass
+
+    def decode(self, codes: Tensor, rows: Sequence[int]) -> Samples:
+        """Codes [N,C,T] -> zeros [N, samples]."""
+        return Samples([[Part(torch.zeros(len(rows), codes.shape[2] * FRAME_SAMPLES))]])
+
+    def reset(self, row: int) -> None:
+        """Nothing is remembered."""
 
 
 def open_codec(codec: FoldedCodec, rows: int, voices: int, own_stream: bool = True) -> CodecRunner:

@@ -234,7 +234,7 @@ def installed() -> None:
 def recipe(work: Path, interrupt_at: str = "") -> tuple[int, str]:
     """Exit status and output of the whole recipe at the size of a toy; Ctrl-C is pressed at a certain line."""
     sizes = "--shards 2 --utterances 16 --sentences 2 --talker-steps 9 --codec-steps 6 --listener-steps 6"
-    sizes += " --positions 500 --crops 2"
+    sizes += " --positions 500 --crops 2 --judge-steps 6 --reinforce-steps 3 --texts 2"
     command = [sys.executable, "-m", "training", str(work), *sizes.split(), "--eager", "--jobs", "1", "--threads", "1"]
     said = []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

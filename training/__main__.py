@@ -69,6 +69,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--talker-steps", type=int, default=4_000 if gpu else 20_000)
     parser.add_argument("--codec-steps", type=int, default=10_000 if gpu else 15_000)
     parser.add_argument("--listener-steps", type=int, default=3000)
+    parser.add_argument("--judge-steps", type=int, default=1500)
+    parser.add_argument("--reinforce-steps", type=int, default=2000)
+    parser.add_argument("--texts", type=int, default=1000, help="of a round in which the talker is reinforced")
     parser.add_argument("--positions", type=int, default=60_000 if gpu else 2000, help="of a batch of the talker")
     parser.add_argument("--crops", type=int, default=64 if gpu else 4, help="of a batch of the codec")
     parser.add_argument("--workers", type=int, default=max(1, cores // 2 - 1) if gpu else 0, help="that build batches")
@@ -82,6 +85,7 @@ def run(o: argparse.Namespace) -> None:
     """All steps in order; those that are done already cost seconds."""
     data, books, pieces, blank = o.work / "data", o.work / "codebooks.pt", o.work / "tokenizer", o.work / "blank"
     voice, ears, runs = o.work / "voice", o.work / "listener.pt", (o.work / "talker", o.work / "codec")
+    taught, judge, reinforced = o.work / "taught", o.work / "judge.pt", o.work / "reinforced"
     sentences = ["--sentences", o.sentences] if o.sentences else []
     shards = ["--utterances", o.utterances, "--jobs", o.jobs, *sentences]
     o.work.mkdir(parents=True, exist_ok=True)
@@ -102,7 +106,12 @@ def run(o: argparse.Namespace) -> None:
         finish(first)
     finish(first, begin("train_codec", blank, data, *codec))
     trained = ["--talker", runs[0] / "last.pt", "--codec", runs[1] / "last.pt"]
-    step("export", blank, voice, *trained, "--codebooks", books)
+    step("export", blank, taught, *trained, "--codebooks", books)
+    step("judge", data, "--codebooks", books, "--out", judge, "--steps", o.judge_steps, "--threads", o.threads)
+    talker = ["--run", reinforced, "--codebooks", books, "--judge", judge, "--threads", o.threads]
+    talker += ["--steps", o.reinforce_steps, "--texts", o.texts, *([] if o.eager else ["--compile"])]
+    step("reinforce", taught, data, *talker)
+    step("export", taught, voice, "--talker", reinforced / "last.pt")
     step("evaluate_codec", voice, data, "--out", o.work / "resynthesis")
     step("asr_loop", "--model", voice, "--json", o.work / "asr_loop.json", *sentences, module="bench")
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from training import needs
 from training.codebooks import Codebooks
 from training.features import FRAME, acoustic_vectors
-from training.flite import PHONES, RATE, VOICES, record
+from training.flite import PHONES, RATE, VOICES, Recording, record
 from training.steps import leave, on_signals
 from training.text import Texts, held_out
 
@@ -37,22 +37,26 @@ HELD_OUT = "held_out.pt"
 Shard = dict[str, Any]
 
 
+def extent(speech: Recording) -> tuple[float, int] | None:
+    """Where a recording's speech begins, in seconds, and its frames; None for silence alone."""
+    spoken = [index for index, phone in enumerate(speech.phones) if phone.name != "pau"]
+    if not spoken:
+        return None
+    start = max(0.0, (speech.phones[spoken[0] - 1].end if spoken[0] else 0.0) - LEAD_S)
+    return start, math.ceil((speech.phones[spoken[-1]].end + TAIL_S - start) * RATE / FRAME)
+
+
 def aligned(text: str, voice: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """A recording cut to frames: int16 [frames * 1280], phones uint8 [frames, 4], words int16 [frames] (-1: none).
 
     None where flite's tokens are not the text's whitespace-separated words, or where the speech is too long.
     """
     speech = record(text, voice)
-    names = [p.name for p in speech.phones]
-    if speech.words != len(text.split()) or all(n == "pau" for n in names):
+    found = extent(speech)
+    if speech.words != len(text.split()) or found is None or found[1] > MAX_FRAMES:
         return None
+    start, frames = found
     ends = np.array([p.end for p in speech.phones])
-    first = next(i for i, n in enumerate(names) if n != "pau")
-    last = max(i for i, n in enumerate(names) if n != "pau")
-    start = max(0.0, (ends[first - 1] if first else 0.0) - LEAD_S)
-    frames = math.ceil((ends[last] + TAIL_S - start) * RATE / FRAME)
-    if frames > MAX_FRAMES:
-        return None
     wave = speech.samples[int(start * RATE) :][: frames * FRAME]
     wave = np.pad(wave, (0, frames * FRAME - len(wave))).astype(np.float32)
     wave[-160:] *= np.linspace(1, 0, 160)
@@ -60,7 +64,7 @@ def aligned(text: str, voice: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] 
     def segment(seconds: np.ndarray) -> np.ndarray:
         return np.minimum(np.searchsorted(ends, start + seconds), len(ends) - 1)
 
-    phone_ids = np.array([PHONES.index(n) if n in PHONES else 0 for n in names], np.uint8)
+    phone_ids = np.array([PHONES.index(p.name) if p.name in PHONES else 0 for p in speech.phones], np.uint8)
     word_ids = np.array([p.word for p in speech.phones], np.int16)
     quarter = segment(0.02 * np.arange(4 * frames) + 0.01)
     middle = segment(0.08 * np.arange(frames) + 0.04)

@@ -149,6 +149,14 @@ class TalkerLoss:
         losses["predictor"] = self._predictor(codes, states)
         return losses
 
+    def code0_logits(self, batch: Batch) -> Tensor:
+        """Logits [labels, V] of code 0 at all labelled positions, row by row, from the codes as they are."""
+        talker = self.talker
+        x = self._inputs(batch, batch.codes)
+        with torch.autocast(batch.text.device.type, torch.bfloat16, enabled=self.autocast):
+            hidden, _ = self._stack(talker.model.layers, talker.model.norm, x, talker.config.shape.talker, -1)
+            return talker.codec_head(hidden[batch.label >= 0]).float()
+
     autocast = True
     """bfloat16 matrix products; tests switch it off."""
 

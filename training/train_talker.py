@@ -86,14 +86,18 @@ class Trainer:
         total(losses, guided).backward()
         torch.nn.utils.clip_grad_norm_(self.talker.parameters(), 1.0)
         self.optimizer.step()
-        self.step += 1
         self.positions += batch.text.numel()
+        self.follow()
+        return {name: x.detach() for name, x in losses.items()}
+
+    def follow(self) -> None:
+        """Count a step, and let the averaged weights follow."""
+        self.step += 1
         if self.step % 5 == 0:
             decay = min(AVERAGE**5, (1 + self.step) / (60 + self.step))
             with torch.no_grad():
                 for name, x in self.talker.state_dict().items():
                     self.average[name].lerp_(x, 1 - decay)
-        return {name: x.detach() for name, x in losses.items()}
 
     @torch.no_grad()
     def examine(self, groups: dict[str, list[Utterance]]) -> dict[str, float]:
