@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, required=True, help="what `python -m training.judge` wrote")
     parser.add_argument("--init", type=Path, help="weights to begin with instead of the base's")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--texts", type=int, default=2000, help="of a round")
+    parser.add_argument("--texts", type=int, default=1000, help="of a round")
     parser.add_argument("--weight", type=float, default=1.0, help="of what was said, beside the recordings")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--warm", type=int, default=30)
