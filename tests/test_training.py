@@ -257,7 +257,9 @@ def test_the_recipe_makes_a_voice_from_nothing_though_it_is_interrupted(tmp_path
     assert status == 0, said
     assert f"train_talker: resumed at step {step}" in said
     assert "-m training.tokenizer" not in said
-    assert said.count('"held out"') == 2
+    assert said.count('"held out"') == 3
+    taught, voice = (Checkpoint.open(tmp_path / name).load_talker(torch.float32) for name in ("taught", "voice"))
+    assert not torch.equal(taught.codec_head.weight, voice.codec_head.weight)  # it has listened to itself
     assert json.loads((tmp_path / "resynthesis" / "figures.json").read_text())["rms"]["STOI"] < 0.9
     assert json.loads((tmp_path / "asr_loop.json").read_text())["figures"]["rms whole greedy"]["sentences"] == 2
     wav = tmp_path / "said.wav"

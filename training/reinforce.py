@@ -14,6 +14,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -122,15 +123,17 @@ def main() -> None:
         torch.save({"average": trainer.talker.state_dict()}, speaker)
         export(options.base, voice, [str(speaker)], [])
         began, said = time.monotonic(), list[Rollout]()
-        for turns in rollouts(voice, judge, tasks(SEED + trainer.step, options.texts), trainer.step, options.device):
-            said += turns
-            if stop.asked:
-                break
+        asked = tasks(SEED + trainer.step, options.texts)
+        with closing(rollouts(voice, judge, asked, trainer.step, options.device)) as turns:
+            for one in turns:
+                said += one
+                if stop.asked:
+                    break
+        if stop.asked:
+            break
         means = torch.tensor([(r.mark, r.longer) for r in said]).mean(0).tolist()
         line = {"step": trainer.step, "utterances": len(said), "minutes": round((time.monotonic() - began) / 60, 1)}
         print(json.dumps(line | {"mark": round(means[0], 4), "longer, %": round(100 * means[1], 1)}), flush=True)
-        if stop.asked:
-            break
         began, sums, count = time.monotonic(), dict[str, float](), 0
         trainer.begin_round()
         for group in groups(said, options.said, random.Random(trainer.step)):
@@ -142,8 +145,9 @@ def main() -> None:
                 break
         line = {"step": trainer.step, "minutes": round((time.monotonic() - began) / 60, 1)}
         print(json.dumps(line | {name: round(x / count, 4) for name, x in sums.items()}), flush=True)
-        figures = {name: round(x, 4) for name, x in trainer.examine(held_out).items()}
-        print(json.dumps({"step": trainer.step, "held out": figures}), flush=True)
+        if not stop.asked:
+            figures = {name: round(x, 4) for name, x in trainer.examine(held_out).items()}
+            print(json.dumps({"step": trainer.step, "held out": figures}), flush=True)
     trainer.save()
     if trainer.step < options.steps:
         raise SystemExit(INTERRUPTED)

@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -74,11 +74,18 @@ def tasks(seed: int, count: int) -> Iterator[Task]:
         count -= 1
 
 
-def rollouts(folder: Path, judge: Judge, asked: Iterator[Task], seed: int, device: str) -> Iterator[list[Rollout]]:
+def rollouts(folder: Path, judge: Judge, asked: Iterator[Task], seed: int, device: str) -> Generator[list[Rollout]]:
     """Do each task TURNS times, in a layout drawn at random."""
     backend = LocalBackend.open(str(folder), device=device, max_batch=BATCH)
     backend.engine.codec = Mute()
-    rng, waiting = random.Random(seed), deque[tuple[Task, Layout, list[Stream]]]()
+    try:
+        yield from _said(backend, judge, asked, random.Random(seed))
+    finally:
+        backend.close()
+
+
+def _said(backend: LocalBackend, judge: Judge, asked: Iterator[Task], rng: random.Random) -> Iterator[list[Rollout]]:
+    waiting = deque[tuple[Task, Layout, list[Stream]]]()
     for task in asked:
         layout = cast(Layout, rng.choice(("whole", "streaming")))
         voice, seeds = VOICES[task.voice], [rng.getrandbits(62) for _ in range(TURNS)]
@@ -90,7 +97,6 @@ def rollouts(folder: Path, judge: Judge, asked: Iterator[Task], seed: int, devic
             yield _judged(backend, judge, *waiting.popleft())
     while waiting:
         yield _judged(backend, judge, *waiting.popleft())
-    backend.close()
 
 
 def advantages(marked: Sequence[tuple[np.ndarray, np.ndarray]], longer: np.ndarray) -> list[Tensor]:
