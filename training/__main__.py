@@ -111,7 +111,7 @@ def run(o: argparse.Namespace) -> None:
     talker = ["--run", reinforced, "--codebooks", books, "--judge", judge, "--threads", o.threads]
     talker += ["--steps", o.reinforce_steps, "--texts", o.texts, *([] if o.eager else ["--compile"])]
     step("reinforce", taught, data, *talker)
-    step("export", taught, voice, "--talker", reinforced / "last.pt")
+    step("export", taught, voice, "--talker", *(f"{run / 'last.pt'}=0.5" for run in (runs[0], reinforced)))
     step("evaluate_codec", voice, data, "--out", o.work / "resynthesis")
     step("asr_loop", "--model", voice, "--json", o.work / "asr_loop.json", *sentences, module="bench")
 
