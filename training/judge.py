@@ -7,9 +7,7 @@ sounds and not words. The talker learns from its opinion (`reinforce`).
 """
 
 import argparse
-import json
 import random
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.codebooks import BOOKS, DIMENSIONS, ENTRIES, Codebooks
-from training.data import HELD_OUT
+from training.data import HELD_OUT, Shard
 from training.flite import PHONES
-from training.steps import rate, shards
+from training.steps import fit, shards
 
 WIDTH, KERNEL = 256, 3
 SLOTS = 4
@@ -127,11 +125,9 @@ def batches(paths: Sequence[Path], seed: int) -> Iterator[tuple[Tensor, Tensor]]
         yield codes[start : start + FRAMES].long(), phones[start : start + FRAMES].long()
 
 
-def share_right(judge: Judge, path: Path) -> float:
+def share_right(judge: Judge, shard: Shard) -> float:
     """Share of a shard's 20 ms whose phone is heard, in per cent."""
-    shard = torch.load(path, weights_only=True)
-    with torch.no_grad():
-        return 100 * float((judge(shard["codes"]).argmax(-1) == shard["phones"]).float().mean())
+    return 100 * float((judge(shard["codes"]).argmax(-1) == shard["phones"]).float().mean())
 
 
 def main() -> None:
@@ -149,25 +145,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     judge = Judge(Codebooks.load(options.codebooks).books)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=options.lr, fused=True)
-    said = time.monotonic()
-    for step, (codes, phones) in zip(range(options.steps), batches(shards(options.data)[:60], 0), strict=False):
-        loss = F.nll_loss(judge(codes).flatten(0, 1), phones.flatten())
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * rate(step, options.steps, 50, 0.3)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if time.monotonic() - said > 60 or step + 1 == options.steps:
-            right = share_right(judge.eval(), options.data[0] / HELD_OUT)
-            judge.train()
-            print(
-                json.dumps({"step": step + 1, "loss": round(loss.item(), 4), "held out, %": round(right, 1)}),
-                flush=True,
-            )
-            said = time.monotonic()
-    torch.save(judge.state_dict(), options.out.with_suffix(".part"))
-    options.out.with_suffix(".part").rename(options.out)
+    pieces = batches(shards(options.data)[:60], 0)
+    unseen = torch.load(options.data[0] / HELD_OUT, weights_only=True)
+
+    def loss() -> Tensor:
+        codes, phones = next(pieces)
+        return F.nll_loss(judge.train()(codes).flatten(0, 1), phones.flatten())
+
+    fit(judge, options, loss, lambda: share_right(judge.eval(), unseen))
 
 
 if __name__ == "__main__":

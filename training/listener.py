@@ -7,8 +7,6 @@ waves differs where the difference is one of phones. It is frozen while the deco
 """
 
 import argparse
-import json
-import time
 from pathlib import Path
 
 import torch
@@ -21,7 +19,7 @@ from training.crops import Crops, Piece
 from training.data import HELD_OUT
 from training.features import mel_bank
 from training.flite import PHONES
-from training.steps import rate, shards
+from training.steps import fit, shards
 
 WIDTH, DILATIONS = 128, (1, 2, 3)
 """Three convolutions over five spectra of 10 ms each: 120 ms to either side."""
@@ -83,8 +81,7 @@ def spectra(waves: Tensor) -> Tensor:
 
 def share_right(listener: Listener, batches: list[Piece]) -> float:
     """Share of 20 ms whose phone is heard, in per cent."""
-    with torch.no_grad():
-        right = [(listener(spectra(waves))[1].argmax(-1) == phones).float().mean() for _, waves, phones in batches]
+    right = [(listener(spectra(waves))[1].argmax(-1) == phones).float().mean() for _, waves, phones in batches]
     return 100 * float(torch.stack(right).mean())
 
 
@@ -102,29 +99,17 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     listener = Listener()
-    optimizer = torch.optim.AdamW(listener.parameters(), lr=options.lr, fused=True)
-    crops = Crops(shards(options.data)[:40], CROPS, FRAMES, 0.5, 0)
+    crops = iter(DataLoader(Crops(shards(options.data)[:40], CROPS, FRAMES, 0.5, 0), batch_size=None))
     unseen = Crops([options.data[0] / HELD_OUT], CROPS, FRAMES, 0.5, 0)
     held_out = [unseen.draw() for _ in range(8)]
-    said = time.monotonic()
-    for step, (_, waves, phones) in zip(range(options.steps), DataLoader(crops, batch_size=None), strict=False):
+
+    def loss() -> Tensor:
+        _, waves, phones = next(crops)
         heard = spectra(waves)
         heard = heard + NOISE * torch.randn_like(heard) + GAIN * torch.randn(len(heard), 1, 1)
-        loss = F.cross_entropy(listener(heard)[1].flatten(0, 1), phones.flatten())
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * rate(step, options.steps, 100, 0.3)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if time.monotonic() - said > 60 or step + 1 == options.steps:
-            right = share_right(listener, held_out)
-            print(
-                json.dumps({"step": step + 1, "loss": round(loss.item(), 4), "held out, %": round(right, 1)}),
-                flush=True,
-            )
-            said = time.monotonic()
-    torch.save(listener.state_dict(), options.out.with_suffix(".part"))
-    options.out.with_suffix(".part").rename(options.out)
+        return F.cross_entropy(listener(heard)[1].flatten(0, 1), phones.flatten())
+
+    fit(listener, options, loss, lambda: share_right(listener, held_out))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from training.rollouts import TEMPERATURE, Rollout, rollouts, tasks
 from training.rows import Batch, collate, plan, read_utterances
 from training.steps import INTERRUPTED, Stop, rate, shards
 from training.talker_loss import TalkerLoss, total
-from training.train_talker import HELD_OUT, Trainer, held_out_groups
+from training.train_talker import HELD_OUT, Trainer, held_out_groups, shared_options
 
 CLIP = 0.2
 """A frame's probability may become so much larger or smaller before its advantage counts no more."""
@@ -92,12 +92,7 @@ def forever(paths: list[Path], trainer: Trainer, rng: random.Random) -> Iterator
 def main() -> None:
     """Speak and learn in turns, until --steps."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("data", type=Path, nargs="+")
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--codebooks", type=Path, required=True)
     parser.add_argument("--judge", type=Path, required=True, help="what `python -m training.judge` wrote")
-    parser.add_argument("--init", type=Path, help="weights to begin with instead of the base's")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--texts", type=int, default=1000, help="of a round")
     parser.add_argument("--weight", type=float, default=1.0, help="of what was said, beside the recordings")
@@ -106,12 +101,7 @@ def main() -> None:
     parser.add_argument("--hold", type=float, default=0.6)
     parser.add_argument("--positions", type=int, default=600, help="of a batch of recordings")
     parser.add_argument("--said", type=int, default=1600, help="positions of a batch of what was said")
-    parser.add_argument("--predictor-share", type=float, default=0.25)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = shared_options(parser).parse_args()
     torch.set_num_threads(options.threads)
     options.run.mkdir(parents=True, exist_ok=True)
     trainer, stop, judge = Reinforcer(options), Stop(), Judge.load(options.judge)

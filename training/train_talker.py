@@ -38,7 +38,7 @@ class Trainer:
 
     def __init__(self, options: argparse.Namespace) -> None:
         torch.manual_seed(options.seed)
-        checkpoint = Checkpoint.open(options.base)
+        checkpoint = Checkpoint.open(str(options.base))
         self.options, self.config, self.device = options, checkpoint.config, torch.device(options.device)
         self.tokenizer = checkpoint.load_tokenizer()
         self.talker = checkpoint.load_talker(torch.float32).to(self.device).train().requires_grad_(True)
@@ -130,28 +130,33 @@ def held_out_groups(path: Path, tokenizer: Any) -> dict[str, list[Utterance]]:
     return {name: utterances for name, utterances in found.items() if utterances}
 
 
-def main() -> None:
-    """Train until --steps; the same command goes on where the last one stopped."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("base")
+def shared_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """What every program takes that trains a talker."""
+    parser.add_argument("base", type=Path)
     parser.add_argument("data", type=Path, nargs="+")
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--codebooks", type=Path, required=True)
     parser.add_argument("--init", type=Path, help="weights to begin with instead of the base's")
+    parser.add_argument("--predictor-share", type=float, default=0.25)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main() -> None:
+    """Train until --steps; the same command goes on where the last one stopped."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--warm", type=int, default=200)
     parser.add_argument("--hold", type=float, default=0.35)
     parser.add_argument("--positions", type=int, default=2000, help="of a batch; 60000 suits a GPU")
-    parser.add_argument("--predictor-share", type=float, default=0.25)
     parser.add_argument("--guided", type=float, default=0.8)
     parser.add_argument("--guided-until", type=float, default=0.45)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0, help="processes that build batches; 4 suits a GPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = shared_options(parser).parse_args()
     torch.set_num_threads(options.threads)
     options.run.mkdir(parents=True, exist_ok=True)
     trainer, stop = Trainer(options), Stop()
