@@ -6,7 +6,6 @@ No audio is needed: the codes stand for spectra. Two frames to either side are a
 sounds and not words. The talker learns from its opinion (`reinforce`).
 """
 
-import argparse
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from training.codebooks import BOOKS, DIMENSIONS, ENTRIES, Codebooks
 from training.data import HELD_OUT, Shard
 from training.flite import PHONES
-from training.steps import fit, shards
+from training.steps import fit, fit_options, shards
 
 WIDTH, KERNEL = 256, 3
 SLOTS = 4
@@ -132,13 +131,8 @@ def share_right(judge: Judge, shard: Shard) -> float:
 
 def main() -> None:
     """Train a judge; nothing is done where it is there already."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("data", type=Path, nargs="+")
+    parser = fit_options(main.__doc__, 1500)
     parser.add_argument("--codebooks", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     if options.out.exists():
         return

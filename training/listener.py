@@ -6,7 +6,6 @@ Spectral distances reward the likeliest spectrum, not the one that tells phones 
 waves differs where the difference is one of phones. It is frozen while the decoder learns, and not exported.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from training.crops import Crops, Piece
 from training.data import HELD_OUT
 from training.features import mel_bank
 from training.flite import PHONES
-from training.steps import fit, shards
+from training.steps import fit, fit_options, shards
 
 WIDTH, DILATIONS = 128, (1, 2, 3)
 """Three convolutions over five spectra of 10 ms each: 120 ms to either side."""
@@ -87,13 +86,7 @@ def share_right(listener: Listener, batches: list[Piece]) -> float:
 
 def main() -> None:
     """Train a listener; nothing is done where it is there already."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("data", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    options = fit_options(main.__doc__, 3000).parse_args()
     if options.out.exists():
         return
     torch.set_num_threads(options.threads)

@@ -28,6 +28,17 @@ def shards(folders: Sequence[Path]) -> list[Path]:
     return [path for folder in folders for path in sorted(folder.glob("[0-9]*.pt"))]
 
 
+def fit_options(what: str | None, steps: int) -> argparse.ArgumentParser:
+    """What every program takes that calls `fit`."""
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("data", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser
+
+
 def fit(
     network: nn.Module, options: argparse.Namespace, loss: Callable[[], Tensor], share_right: Callable[[], float]
 ) -> None:

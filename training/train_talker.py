@@ -43,8 +43,8 @@ class Trainer:
         self.tokenizer = checkpoint.load_tokenizer()
         self.talker = checkpoint.load_talker(torch.float32).to(self.device).train().requires_grad_(True)
         if options.init:
-            state = torch.load(options.init, weights_only=True, map_location=self.device)["m"]
-            self.talker.load_state_dict({name.removeprefix("talker."): x.float() for name, x in state.items()})
+            begun = torch.load(options.init, weights_only=True, map_location=self.device)
+            self.talker.load_state_dict(begun["average"])
         books = Codebooks.load(options.codebooks).books.to(self.device)
         self.heads = AuxiliaryHeads(self.config.shape.talker.hidden, books.shape[-1]).to(self.device)
         self.loss = TalkerLoss(self.talker, self.heads, books, options.compile)
@@ -136,7 +136,7 @@ def shared_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("data", type=Path, nargs="+")
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--codebooks", type=Path, required=True)
-    parser.add_argument("--init", type=Path, help="weights to begin with instead of the base's")
+    parser.add_argument("--init", type=Path, help="a trainer's last.pt whose weights are the beginning")
     parser.add_argument("--predictor-share", type=float, default=0.25)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
