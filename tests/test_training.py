@@ -1,5 +1,6 @@
 """What is taught is what runs: training rows are the engine's prompts, training losses are the modules' own."""
 
+import importlib
 import json
 import random
 import shutil
@@ -154,6 +155,16 @@ def test_what_the_decoder_is_fed_is_sharpened_in_the_quantizer(codebooks: Codebo
         torch.testing.assert_close((table - table[0]).norm(dim=1), (book - book[0]).norm(dim=1), rtol=1e-4, atol=1e-3)
 
 
+def test_the_codebooks_in_the_repository_are_those_of_the_embedded_voice() -> None:
+    voice = Codebooks.load(ROOT / "training" / "embedded_codebooks.pt")
+    quantizer = Checkpoint.open("embedded").load_codec().quantizer
+    layers = [*quantizer.rvq_first.vq.layers, *quantizer.rvq_rest.vq.layers]
+    for layer, book in zip(layers, voice.books, strict=True):
+        held = layer._codebook.embedding_sum / layer._codebook.cluster_usage[:, None]  # type: ignore[union-attr,operator]
+        torch.testing.assert_close(held * voice.vector_scale, book, atol=5e-3 * float(book.abs().max()), rtol=5e-3)
+    torch.testing.assert_close(voice.basis.T @ voice.basis, torch.eye(64), atol=2e-3, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer's folder, learnt from gibberish, with the special tokens of the embedded voice."""
@@ -271,9 +282,40 @@ def test_the_recipe_makes_a_voice_from_nothing_though_it_is_interrupted(tmp_path
         assert any(file.readframes(9600))
 
 
+def test_what_the_command_line_gets_wrong_is_said_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(tmp_path)
+    wrong = [
+        (["data", folder, "--shards", "5"], "argument --shards: 5 is not FIRST:END, such as 0:60"),
+        (["data", folder, "--codebooks", "gone.pt"], "argument --codebooks: there is no gone.pt"),
+        (["train_talker", "gone", folder, "--run", folder], "argument base: there is no gone"),
+        (["export", folder, f"{folder}/out"], "is no voice: it has no model.safetensors; give a folder like"),
+    ]
+    for arguments, said in wrong:
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as left_with:
+            importlib.import_module(f"training.{arguments[0]}").main()
+        assert said in f"{left_with.value} {capsys.readouterr().err}"
+    with pytest.raises(SystemExit, match=r"no recordings in .*; make some: python -m training.data"):
+        steps.shards([tmp_path])
+    assert not (tmp_path / "out").exists()
+
+
 def test_of_several_runs_the_weighted_mean_is_exported(tmp_path: Path) -> None:
     for name, value in (("a", 1.0), ("b", 5.0)):
         torch.save({"average": {"norm.weight": torch.full((3,), value)}}, tmp_path / name)
     one, both = averaged([str(tmp_path / "a")], "talker."), [f"{tmp_path / 'a'}=3", f"{tmp_path / 'b'}=1"]
     assert one["talker.norm.weight"].tolist() == [1.0, 1.0, 1.0]
     assert averaged(both, "talker.")["talker.norm.weight"].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_voice_counts_in_the_mean_as_a_run_does(tmp_path: Path, talker: Talker) -> None:
+    torch.save({"average": {n: x + 1 for n, x in talker.state_dict().items()}}, tmp_path / "last.pt")
+    mean = averaged([f"{find('embedded')}=1", f"{tmp_path / 'last.pt'}=3"], "talker.")
+    assert mean.keys() == {f"talker.{name}" for name in talker.state_dict()}
+    torch.testing.assert_close(mean["talker.model.norm.weight"], talker.state_dict()["model.norm.weight"] + 0.75)
+    with pytest.raises(SystemExit, match=r"no weights decoder\.\*; give the last.pt of a trainer"):
+        averaged([str(find("embedded"))], "decoder.")
+    with pytest.raises(SystemExit, match=r"there is no .*gone.pt; give"):
+        averaged([str(tmp_path / "gone.pt")], "talker.")

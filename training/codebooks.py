@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.features import MELS
+from training.steps import there
 
 DIMENSIONS, ENTRIES, BOOKS = 64, 512, 8
 MEANING_WEIGHT = 0.5
@@ -56,8 +57,8 @@ class Codebooks:
 
     @classmethod
     def load(cls, path: Path) -> "Codebooks":
-        """Read what `save` wrote."""
-        return cls(**torch.load(path, weights_only=True))
+        """Read what `save` wrote, or the same in half precision."""
+        return cls(**{name: x.float() for name, x in torch.load(path, weights_only=True).items()})
 
     def project(self, vectors: Tensor) -> Tensor:
         """PCA coordinates [N, 64] of acoustic vectors [N, 648]."""
@@ -186,7 +187,7 @@ def main() -> None:
     from training.data import HELD_OUT, read_shard, speakers_of, vectors_of
 
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=there)
     parser.add_argument("out", type=Path)
     parser.add_argument("--shards", type=int, default=16)
     options = parser.parse_args()

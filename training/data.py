@@ -24,7 +24,7 @@ from training import needs
 from training.codebooks import Codebooks
 from training.features import FRAME, acoustic_vectors
 from training.flite import PHONES, RATE, VOICES, Recording, record
-from training.steps import leave, on_signals
+from training.steps import leave, on_signals, there
 from training.text import Texts, held_out
 
 MAX_FRAMES = 150
@@ -156,20 +156,27 @@ def write_shard(
     )
 
 
+def numbers(text: str) -> range:
+    """The numbers of FIRST:END, for argparse."""
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise argparse.ArgumentTypeError(f"{text} is not FIRST:END, such as 0:60")
+    return range(int(first), int(end))
+
+
 def main() -> None:
     """Make the shards FIRST:END that are not there yet, and the held-out recordings."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--shards", default="0:60")
+    parser.add_argument("--shards", default=range(60), type=numbers, help="FIRST:END (default: 0:60)")
     parser.add_argument("--utterances", type=int, default=400, help="of a shard")
     parser.add_argument("--sentences", type=int, help="held-out ones (default: all)")
-    parser.add_argument("--codebooks", type=Path)
+    parser.add_argument("--codebooks", type=there)
     parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
     needs.check()
     on_signals(leave)
     options.out.mkdir(parents=True, exist_ok=True)
-    first, end = (int(n) for n in options.shards.split(":"))
     work = partial(
         write_shard,
         folder=options.out,
@@ -177,13 +184,13 @@ def main() -> None:
         utterances=options.utterances,
         sentences=options.sentences,
     )
-    numbers = [None, *range(first, end)]
+    wanted = [None, *options.shards]
     if options.jobs == 1:
-        for number in numbers:
+        for number in wanted:
             work(number)
         return
     with Pool(options.jobs, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        for _ in pool.imap_unordered(work, numbers):
+        for _ in pool.imap_unordered(work, wanted):
             pass
 
 

@@ -22,6 +22,7 @@ from training.codec_loss import RATE as CODEC_RATE
 from training.data import HELD_OUT, read_shard
 from training.features import FRAME, log_mel
 from training.flite import RATE, VOICES
+from training.steps import there
 from training.text import held_out
 
 
@@ -63,7 +64,7 @@ def main() -> None:
     """Resynthesise every held-out recording, write the waves, print the means of each voice."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("checkpoint")
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=there)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sentences", type=int, help="only the first of each voice")
     options = parser.parse_args()

@@ -3,9 +3,10 @@
     python -m training.export BASE OUT [--talker RUN/last.pt …] [--codec RUN/last.pt …]
 
 Of several files the mean is exported, weighted where they are given as FILE=SHARE: of runs that went on from each
-other's weights it is better than any one. Without --talker or --codec that part is the base's own. What the base holds
-beside them (the codec's unused encoder) is copied, so the folder loads in the official `qwen_tts` package too. What the
-decoder is fed is sharpened on the way (--sharpen): its training makes it smooth, and who hears it needs the formants.
+other's weights it is better than any one. A voice's folder may stand for the file of its talker. Without --talker or
+--codec that part is the base's own. What the base holds beside them (the codec's unused encoder) is copied, so the
+folder loads in the official `qwen_tts` package too. What the decoder is fed is sharpened on the way (--sharpen): its
+training makes it smooth, and who hears it needs the formants.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.codebooks import Codebooks
+from training.steps import there
 
 LIMIT_MB = 25.0
 
@@ -26,14 +28,28 @@ SHARPEN = 1.25
 """Gain of `Codebooks.sharpening` in what is exported; README.md says how it was chosen."""
 
 
+def weights(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The averaged weights of a trainer's file, or those of a checkpoint's folder, under their official names."""
+    if path.is_dir():
+        tensors = load_file(path / "model.safetensors")
+        found = {name: x.float() for name, x in tensors.items() if name.startswith(prefix)}
+        if not found:
+            raise SystemExit(f"{path} has no weights {prefix}*; give the last.pt of a trainer")
+        return found
+    if not path.is_file():
+        raise SystemExit(f"there is no {path}; give the last.pt of a trainer, or a voice's folder")
+    saved = torch.load(path, weights_only=True, map_location="cpu")
+    return {prefix + name: x for name, x in saved["average"].items()}
+
+
 def averaged(runs: Sequence[str], prefix: str) -> dict[str, Tensor]:
-    """The averaged weights of trainers' files, FILE or FILE=SHARE, under their official names."""
+    """The weights of trainers' files or checkpoints' folders, FILE or FILE=SHARE, under their official names."""
     files = [(path, float(share or 1)) for path, _, share in (run.partition("=") for run in runs)]
     whole = sum(share for _, share in files)
     mean: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
     for path, share in files:
-        for name, x in torch.load(path, weights_only=True, map_location="cpu")["average"].items():
-            mean[prefix + name] = mean[prefix + name] + x * (share / whole)
+        for name, x in weights(Path(path), prefix).items():
+            mean[name] = mean[name] + x * (share / whole)
     return mean
 
 
@@ -61,9 +77,11 @@ def export(
     base: Path, out: Path, talker: Sequence[str], codec: Sequence[str], sharpening: Tensor | None = None
 ) -> float:
     """Write the folder; returns its size in MB (10^6 bytes)."""
+    if not (base / "model.safetensors").is_file():
+        raise SystemExit(f"{base} is no voice: it has no model.safetensors; give a folder like pipecat_qwen3/embedded")
+    tokenizer, mean, decoder = "speech_tokenizer", averaged(talker, "talker."), averaged(codec, "decoder.")
     shutil.copytree(base, out, dirs_exist_ok=True)
-    write(base, out, averaged(talker, "talker."))
-    tokenizer, decoder = "speech_tokenizer", averaged(codec, "decoder.")
+    write(base, out, mean)
     write(base / tokenizer, out / tokenizer, decoder if sharpening is None else sharpened(decoder, sharpening))
     return sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / 1e6
 
@@ -71,11 +89,11 @@ def export(
 def main() -> None:
     """Export, and say how large the folder is."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("base", type=Path)
+    parser.add_argument("base", type=there)
     parser.add_argument("out", type=Path)
     parser.add_argument("--talker", nargs="+", default=[], metavar="FILE[=SHARE]")
     parser.add_argument("--codec", nargs="+", default=[], metavar="FILE[=SHARE]")
-    parser.add_argument("--codebooks", type=Path, help="of the recordings that --codec was trained on")
+    parser.add_argument("--codebooks", type=there, help="of the recordings that --codec was trained on")
     parser.add_argument("--sharpen", type=float, default=SHARPEN, help="gain of the decoder's formants; 1 for none")
     options = parser.parse_args()
     if bool(options.codec) != (options.codebooks is not None):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from training.codebooks import BOOKS, DIMENSIONS, ENTRIES, Codebooks
 from training.data import HELD_OUT, Shard
 from training.flite import PHONES
-from training.steps import fit, fit_options, shards
+from training.steps import fit, fit_options, shards, there
 
 WIDTH, KERNEL = 256, 3
 SLOTS = 4
@@ -132,7 +132,7 @@ def share_right(judge: Judge, shard: Shard) -> float:
 def main() -> None:
     """Train a judge; nothing is done where it is there already."""
     parser = fit_options(main.__doc__, 1500)
-    parser.add_argument("--codebooks", type=Path, required=True)
+    parser.add_argument("--codebooks", type=there, required=True)
     options = parser.parse_args()
     if options.out.exists():
         return

@@ -24,7 +24,7 @@ from training.export import export
 from training.judge import Judge
 from training.rollouts import TEMPERATURE, Rollout, rollouts, tasks
 from training.rows import Batch, collate, plan, read_utterances
-from training.steps import INTERRUPTED, Stop, rate, shards
+from training.steps import INTERRUPTED, Stop, rate, shards, there
 from training.talker_loss import TalkerLoss, total
 from training.train_talker import HELD_OUT, Trainer, held_out_groups, shared_options
 
@@ -92,7 +92,7 @@ def forever(paths: list[Path], trainer: Trainer, rng: random.Random) -> Iterator
 def main() -> None:
     """Speak and learn in turns, until --steps."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--judge", type=Path, required=True, help="what `python -m training.judge` wrote")
+    parser.add_argument("--judge", type=there, required=True, help="what `python -m training.judge` wrote")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--texts", type=int, default=1000, help="of a round")
     parser.add_argument("--weight", type=float, default=1.0, help="of what was said, beside the recordings")
@@ -105,8 +105,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.run.mkdir(parents=True, exist_ok=True)
     trainer, stop, judge = Reinforcer(options), Stop(), Judge.load(options.judge)
-    held_out = held_out_groups(options.data[0] / HELD_OUT, trainer.tokenizer)
     recorded = forever(shards(options.data), trainer, random.Random(options.seed + trainer.step))
+    held_out = held_out_groups(options.data[0] / HELD_OUT, trainer.tokenizer)
     voice, speaker = options.run / "voice", options.run / "speaker.pt"
     while trainer.step < options.steps and not stop.asked:
         trainer.save()

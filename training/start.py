@@ -24,6 +24,7 @@ from pipecat_qwen3.talker import Talker
 from training.codebooks import Codebooks
 from training.export import write
 from training.lexicon import text_embeddings
+from training.steps import there
 
 
 def orthogonal(rows: int, columns: int) -> Tensor:
@@ -117,8 +118,8 @@ def main() -> None:
     """Write the untrained checkpoint."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--codebooks", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--codebooks", type=there, required=True)
+    parser.add_argument("--tokenizer", type=there, required=True)
     parser.add_argument("--base", default="embedded", help="checkpoint whose configs are taken")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -23,15 +23,26 @@ def rate(step: int, steps: int, warm: int, hold: float) -> float:
     return min(1.0, (step + 1) / warm) * max(0.01, falling)
 
 
+def there(path: str) -> Path:
+    """A file or folder of the command line, for argparse, which says in one line if it is not there."""
+    if not Path(path).exists():
+        raise argparse.ArgumentTypeError(f"there is no {path}")
+    return Path(path)
+
+
 def shards(folders: Sequence[Path]) -> list[Path]:
-    """Numbered shards of all folders."""
-    return [path for folder in folders for path in sorted(folder.glob("[0-9]*.pt"))]
+    """Numbered shards of all folders; exits with one line if there are none."""
+    found = [path for folder in folders for path in sorted(folder.glob("[0-9]*.pt"))]
+    if not found:
+        names = " ".join(map(str, folders))
+        raise SystemExit(f"no recordings in {names}; make some: python -m training.data {names} --help")
+    return found
 
 
 def fit_options(what: str | None, steps: int) -> argparse.ArgumentParser:
     """What every program takes that calls `fit`."""
     parser = argparse.ArgumentParser(description=what)
-    parser.add_argument("data", type=Path, nargs="+")
+    parser.add_argument("data", type=there, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--lr", type=float, default=2e-3)

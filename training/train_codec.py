@@ -23,7 +23,7 @@ from training.crops import Crops, Piece
 from training.data import HELD_OUT
 from training.features import MELS
 from training.listener import Listener, spectra
-from training.steps import INTERRUPTED, Stop, rate, shards
+from training.steps import INTERRUPTED, Stop, rate, shards, there
 
 AVERAGE = 0.999
 """Decay a step of the averaged weights, which are what is exported."""
@@ -157,10 +157,10 @@ def main() -> None:
     """Train until --steps; the same command goes on where the last one stopped."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("base")
-    parser.add_argument("data", type=Path, nargs="+")
+    parser.add_argument("data", type=there, nargs="+")
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--listener", type=Path, required=True, help="what `python -m training.listener` wrote")
-    parser.add_argument("--init", type=Path, help="a trainer's last.pt whose weights are the beginning")
+    parser.add_argument("--listener", type=there, required=True, help="what `python -m training.listener` wrote")
+    parser.add_argument("--init", type=there, help="a trainer's last.pt whose weights are the beginning")
     parser.add_argument("--critic", type=float, default=0.0, metavar="WEIGHT", help="of an adversary; 0 for none")
     parser.add_argument("--steps", type=int, default=15_000)
     parser.add_argument("--lr", type=float, default=1.5e-3)

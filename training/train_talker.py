@@ -22,7 +22,7 @@ from pipecat_qwen3.checkpoint import Checkpoint
 from training.codebooks import Codebooks
 from training.data import HELD_OUT
 from training.rows import Batch, Choice, Utterance, collate, plan, read_utterances
-from training.steps import INTERRUPTED, Stop, rate, shards
+from training.steps import INTERRUPTED, Stop, rate, shards, there
 from training.talker_loss import AuxiliaryHeads, TalkerLoss, total
 from training.text import held_out
 
@@ -132,11 +132,11 @@ def held_out_groups(path: Path, tokenizer: Any) -> dict[str, list[Utterance]]:
 
 def shared_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """What every program takes that trains a talker."""
-    parser.add_argument("base", type=Path)
-    parser.add_argument("data", type=Path, nargs="+")
+    parser.add_argument("base", type=there)
+    parser.add_argument("data", type=there, nargs="+")
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--codebooks", type=Path, required=True)
-    parser.add_argument("--init", type=Path, help="a trainer's last.pt whose weights are the beginning")
+    parser.add_argument("--codebooks", type=there, required=True)
+    parser.add_argument("--init", type=there, help="a trainer's last.pt whose weights are the beginning")
     parser.add_argument("--predictor-share", type=float, default=0.25)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -160,6 +160,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.run.mkdir(parents=True, exist_ok=True)
     trainer, stop = Trainer(options), Stop()
+    shards(options.data)
     groups = held_out_groups(options.data[0] / HELD_OUT, trainer.tokenizer)
     rng = random.Random(options.seed + trainer.step)
     known: list[Path] = []
