@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -400,11 +401,17 @@ def test_what_goes_wrong_is_said_in_a_sentence(chromium: Browser, alone: str, be
 
 def test_every_control_has_a_name_and_the_keyboard_reaches_them_in_order(chromium: Browser, alone: str) -> None:
     chromium.open(alone)
-    tree = chromium.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
-    controls = [node for node in tree if node["role"]["value"] in ("button", "textbox", "combobox", "log", "image")]
+
+    def tree() -> list[dict[str, Any]]:
+        """All nodes; none until Chromium has built its tree, which it does in its own time."""
+        nodes = chromium.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+        return nodes if any(node["role"]["value"] == "button" for node in nodes) else []
+
+    nodes = chromium.until(tree, "the accessibility tree")
+    controls = [node for node in nodes if node["role"]["value"] in ("button", "textbox", "combobox", "log", "image")]
     assert len(controls) >= 7
     assert all(node["name"]["value"] for node in controls)
-    roles = {node["role"]["value"] for node in tree}
+    roles = {node["role"]["value"] for node in nodes}
     assert {"status", "main", "heading"} <= roles
     chromium.script("document.querySelectorAll(':disabled').forEach((control) => { control.disabled = false; })")
     reached = []
