@@ -30,14 +30,14 @@ SHARPEN = 1.25
 
 def weights(path: Path, prefix: str) -> dict[str, Tensor]:
     """The averaged weights of a trainer's file, or those of a checkpoint's folder, under their official names."""
-    if path.is_dir():
+    if path.is_dir() and (path / "model.safetensors").is_file():
         tensors = load_file(path / "model.safetensors")
         found = {name: x.float() for name, x in tensors.items() if name.startswith(prefix)}
         if not found:
             raise SystemExit(f"{path} has no weights {prefix}*; give the last.pt of a trainer")
         return found
     if not path.is_file():
-        raise SystemExit(f"there is no {path}; give the last.pt of a trainer, or a voice's folder")
+        raise SystemExit(f"{path} holds no weights; give the last.pt of a trainer, or a voice's folder")
     saved = torch.load(path, weights_only=True, map_location="cpu")
     return {prefix + name: x for name, x in saved["average"].items()}
 

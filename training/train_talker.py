@@ -160,7 +160,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.run.mkdir(parents=True, exist_ok=True)
     trainer, stop = Trainer(options), Stop()
-    shards(options.data)
+    shards(options.data)  # exits where there are none
     groups = held_out_groups(options.data[0] / HELD_OUT, trainer.tokenizer)
     rng = random.Random(options.seed + trainer.step)
     known: list[Path] = []
