@@ -285,12 +285,29 @@ def test_the_recipe_makes_a_voice_from_nothing_though_it_is_interrupted(tmp_path
 def test_what_the_command_line_gets_wrong_is_said_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = str(tmp_path)
+    folder, voice = str(tmp_path), str(find("embedded"))
+    readme, books = (str(ROOT / "training" / name) for name in ("README.md", "embedded_codebooks.pt"))
     wrong = [
         (["data", folder, "--shards", "5"], "argument --shards: 5 is not FIRST:END, such as 0:60"),
         (["data", folder, "--codebooks", "gone.pt"], "argument --codebooks: there is no gone.pt"),
         (["train_talker", "gone", folder, "--run", folder], "argument base: there is no gone"),
         (["export", folder, f"{folder}/out"], "is no voice: it has no model.safetensors; give a folder like"),
+        (
+            ["train_talker", voice, folder, "--run", folder, "--codebooks", readme],
+            "README.md is no file of training.codebooks: it cannot be read",
+        ),
+        (
+            ["train_talker", voice, folder, "--run", folder, "--codebooks", books, "--init", books],
+            "embedded_codebooks.pt is no file of training.train_talker: it holds no average, talker",
+        ),
+        (
+            ["reinforce", voice, folder, "--run", folder, "--codebooks", books, "--judge", readme],
+            "README.md is no file of training.judge: it cannot be read",
+        ),
+        (
+            ["export", voice, f"{folder}/out", "--talker", books],
+            "is no file of training.train_talker or training.train_codec: it holds no average",
+        ),
     ]
     for arguments, said in wrong:
         monkeypatch.setattr(sys, "argv", arguments)

@@ -10,7 +10,7 @@ noise. Fitted once by k-means; nothing is trained by gradient.
 
 import argparse
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.features import MELS
-from training.steps import there
+from training.steps import load, there
 
 DIMENSIONS, ENTRIES, BOOKS = 64, 512, 8
 MEANING_WEIGHT = 0.5
@@ -58,7 +58,9 @@ class Codebooks:
     @classmethod
     def load(cls, path: Path) -> "Codebooks":
         """Read what `save` wrote, or the same in half precision."""
-        return cls(**{name: x.float() for name, x in torch.load(path, weights_only=True).items()})
+        names = [field.name for field in fields(cls)]
+        saved = load(path, names, "codebooks")
+        return cls(**{name: saved[name].float() for name in names})
 
     def project(self, vectors: Tensor) -> Tensor:
         """PCA coordinates [N, 64] of acoustic vectors [N, 648]."""

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from training import codec_loss
 from training.features import FRAME
 from training.flite import RATE
+from training.steps import load
 
 MARGIN = 320
 """Samples at 16 kHz read on the left of a crop, so that resampling is in its stride where the crop begins."""
@@ -29,7 +30,7 @@ class Crops(IterableDataset[Piece]):
         self.rng = random.Random(seed)
         self.items: tuple[list[Piece], list[Piece]] = ([], [])
         for path in paths:
-            shard = torch.load(path, weights_only=True, mmap=True)
+            shard = load(path, ("wave", "codes"), "data with --codebooks", mmap=True)
             lengths = shard["frames"].tolist()
             waves = shard["wave"].split([n * FRAME for n in lengths])
             parts = shard["codes"].split(lengths), waves, shard["phones"].split(lengths)

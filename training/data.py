@@ -24,7 +24,7 @@ from training import needs
 from training.codebooks import Codebooks
 from training.features import FRAME, acoustic_vectors
 from training.flite import PHONES, RATE, VOICES, Recording, record
-from training.steps import leave, on_signals, there
+from training.steps import leave, load, on_signals, there
 from training.text import Texts, held_out
 
 MAX_FRAMES = 150
@@ -130,7 +130,7 @@ def add_codes(shard: Shard, codebooks: Codebooks) -> Shard:
 
 def read_shard(path: Path) -> Shard:
     """Read a shard's file."""
-    return torch.load(path, weights_only=True)
+    return load(path, ("texts", "wave"), "data")
 
 
 def write_shard(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.codebooks import Codebooks
-from training.steps import there
+from training.steps import load, there
 
 LIMIT_MB = 25.0
 
@@ -38,7 +38,7 @@ def weights(path: Path, prefix: str) -> dict[str, Tensor]:
         return found
     if not path.is_file():
         raise SystemExit(f"{path} holds no weights; give the last.pt of a trainer, or a voice's folder")
-    saved = torch.load(path, weights_only=True, map_location="cpu")
+    saved = load(path, ("average",), "train_talker or training.train_codec", map_location="cpu")
     return {prefix + name: x for name, x in saved["average"].items()}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from training.codebooks import BOOKS, DIMENSIONS, ENTRIES, Codebooks
 from training.data import HELD_OUT, Shard
 from training.flite import PHONES
-from training.steps import fit, fit_options, shards, there
+from training.steps import fit, fit_options, load, shards, there
 
 WIDTH, KERNEL = 256, 3
 SLOTS = 4
@@ -54,7 +54,7 @@ class Judge(nn.Module):
     def load(cls, path: Path) -> "Judge":
         """Read one that `python -m training.judge` wrote, frozen."""
         judge = cls()
-        judge.load_state_dict(torch.load(path, weights_only=True))
+        judge.load_state_dict(load(path, judge.state_dict(), "judge"))
         return judge.requires_grad_(False).eval()
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def marks(heard: Tensor, words: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray
 def batches(paths: Sequence[Path], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless pieces of the shards: codes [4096, 8] and phones [4096, 4]."""
     rng = random.Random(seed)
-    parts = [torch.load(path, weights_only=True, mmap=True) for path in paths]
+    parts = [load(path, ("codes", "phones"), "data with --codebooks", mmap=True) for path in paths]
     codes = torch.cat([part["codes"] for part in parts])
     phones = torch.cat([part["phones"] for part in parts])
     while True:
@@ -140,7 +140,7 @@ def main() -> None:
     torch.manual_seed(0)
     judge = Judge(Codebooks.load(options.codebooks).books)
     pieces = batches(shards(options.data)[:60], 0)
-    unseen = torch.load(options.data[0] / HELD_OUT, weights_only=True)
+    unseen = load(options.data[0] / HELD_OUT, ("codes", "phones"), "data with --codebooks")
 
     def loss() -> Tensor:
         codes, phones = next(pieces)

@@ -18,7 +18,7 @@ from training.crops import Crops, Piece
 from training.data import HELD_OUT
 from training.features import mel_bank
 from training.flite import PHONES
-from training.steps import fit, fit_options, shards
+from training.steps import fit, fit_options, load, shards
 
 WIDTH, DILATIONS = 128, (1, 2, 3)
 """Three convolutions over five spectra of 10 ms each: 120 ms to either side."""
@@ -47,7 +47,7 @@ class Listener(nn.Module):
     def load(cls, path: Path) -> "Listener":
         """Read one that `python -m training.listener` wrote, frozen."""
         listener = cls()
-        listener.load_state_dict(torch.load(path, weights_only=True))
+        listener.load_state_dict(load(path, listener.state_dict(), "listener"))
         return listener.requires_grad_(False)
 
     def forward(self, spectra: Tensor) -> tuple[list[Tensor], Tensor]:

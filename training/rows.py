@@ -18,6 +18,7 @@ from torch import Tensor
 from pipecat_qwen3.backend import Layout
 from pipecat_qwen3.config import ModelConfig
 from training.flite import VOICES
+from training.steps import load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +84,7 @@ def read_utterances(paths: Sequence[Path], tokenizer: "PreTrainedTokenizerBase")
     """All utterances of some shards, without their waves."""
     utterances = []
     for path in paths:
-        shard = torch.load(path, weights_only=True, mmap=True)
+        shard = load(path, ("texts", "codes"), "data with --codebooks", mmap=True)
         lengths = shard["frames"].tolist()
         columns = [torch.split(shard[name].clone(), lengths) for name in ("codes", "phones", "words")]
         for text, voice, codes, phones, words in zip(shard["texts"], shard["voices"].tolist(), *columns, strict=True):

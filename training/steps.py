@@ -3,11 +3,13 @@
 import argparse
 import json
 import math
+import pickle
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,21 @@ def there(path: str) -> Path:
     if not Path(path).exists():
         raise argparse.ArgumentTypeError(f"there is no {path}")
     return Path(path)
+
+
+def load(path: Path, holds: Iterable[str], maker: str, **options: Any) -> dict[str, Any]:
+    """The dictionary of a file that a program of the recipe wrote; exits with one line if it is of another kind."""
+    try:
+        found = torch.load(path, weights_only=True, **options)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):  # what torch raises for what is no such file
+        found = None
+    lacks = "it cannot be read"
+    if isinstance(found, dict):
+        missing = [name for name in holds if name not in found]
+        if not missing:
+            return found
+        lacks = f"it holds no {', '.join(missing[:3])}"
+    raise SystemExit(f"{path} is no file of training.{maker}: {lacks}")
 
 
 def shards(folders: Sequence[Path]) -> list[Path]:

@@ -23,7 +23,7 @@ from training.crops import Crops, Piece
 from training.data import HELD_OUT
 from training.features import MELS
 from training.listener import Listener, spectra
-from training.steps import INTERRUPTED, Stop, rate, shards, there
+from training.steps import INTERRUPTED, Stop, load, rate, shards, there
 
 AVERAGE = 0.999
 """Decay a step of the averaged weights, which are what is exported."""
@@ -46,7 +46,7 @@ class Trainer:
         # 50 Hz latents -> two 10 ms mel spectra: gives the trunk a gradient of its own; not exported
         self.mel_head = nn.Linear(checkpoint.codec_config.latent, 2 * MELS).to(self.device)
         if options.init:
-            begun = torch.load(options.init, weights_only=True, map_location=self.device)
+            begun = load(options.init, ("average", "mel_head"), "train_codec", map_location=self.device)
             self.decoder.load_state_dict(begun["average"])
             self.mel_head.load_state_dict(begun["mel_head"])
         self.decoder.quantizer.requires_grad_(False)
@@ -67,7 +67,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.path = options.run / "last.pt"
         if self.path.exists():
-            self._resume(torch.load(self.path, map_location=self.device, weights_only=True))
+            self._resume(load(self.path, self._parts(), "train_codec", map_location=self.device))
         if options.compile:
             codec_loss.wave = torch.compile(codec_loss.wave)
 

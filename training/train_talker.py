@@ -22,7 +22,7 @@ from pipecat_qwen3.checkpoint import Checkpoint
 from training.codebooks import Codebooks
 from training.data import HELD_OUT
 from training.rows import Batch, Choice, Utterance, collate, plan, read_utterances
-from training.steps import INTERRUPTED, Stop, rate, shards, there
+from training.steps import INTERRUPTED, Stop, load, rate, shards, there
 from training.talker_loss import AuxiliaryHeads, TalkerLoss, total
 from training.text import held_out
 
@@ -43,7 +43,7 @@ class Trainer:
         self.tokenizer = checkpoint.load_tokenizer()
         self.talker = checkpoint.load_talker(torch.float32).to(self.device).train().requires_grad_(True)
         if options.init:
-            begun = torch.load(options.init, weights_only=True, map_location=self.device)
+            begun = load(options.init, ("average", "talker"), "train_talker", map_location=self.device)
             self.talker.load_state_dict(begun["average"])
         books = Codebooks.load(options.codebooks).books.to(self.device)
         self.heads = AuxiliaryHeads(self.config.shape.talker.hidden, books.shape[-1]).to(self.device)
@@ -57,7 +57,7 @@ class Trainer:
         self.step, self.seconds, self.positions = 0, 0.0, 0
         self.path = options.run / "last.pt"
         if self.path.exists():
-            self._resume(torch.load(self.path, map_location=self.device, weights_only=True))
+            self._resume(load(self.path, ("talker", "heads"), "train_talker", map_location=self.device))
 
     def _resume(self, saved: dict[str, Any]) -> None:
         self.talker.load_state_dict(saved["talker"])
@@ -124,7 +124,7 @@ def held_out_groups(path: Path, tokenizer: Any) -> dict[str, list[Utterance]]:
     names = {"unseen": "unseen", "digits": "long", "pair": "long"}
     groups = {text: names.get(group, "known") for group, text, _ in held_out()}
     found: dict[str, list[Utterance]] = {name: [] for name in dict.fromkeys(groups.values())}
-    texts = torch.load(path, weights_only=True, mmap=True)["texts"]
+    texts = load(path, ("texts", "codes"), "data with --codebooks", mmap=True)["texts"]
     for text, utterance in zip(texts, read_utterances([path], tokenizer), strict=True):
         found[groups[text]].append(utterance)
     return {name: utterances for name, utterances in found.items() if utterances}
