@@ -24,9 +24,11 @@ from pipecat_qwen3.text import encode
 from training import codec_loss, needs, steps, tokenizer
 from training.codebooks import Codebooks, fit, left
 from training.export import averaged, sharpened
-from training.rows import Choice, Utterance, collate, plan, tokens_and_words
+from training.rows import DROPOUT_SHARE, Choice, Utterance, collate, plan, read_utterances, tokens_and_words
 from training.start import start, start_codec
 from training.talker_loss import AuxiliaryHeads, TalkerLoss
+from training.text import held_out
+from training.train_talker import held_out_groups
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,6 +103,20 @@ def test_every_token_belongs_to_its_word(checkpoint: Checkpoint) -> None:
     for token, word in zip(ids, words, strict=True):
         pieces[word] += str(tokenizer.decode([token]))
     assert [p.strip() for p in pieces] == TEXT.split()
+
+
+def test_what_is_held_out_is_cut_as_the_engine_cuts_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    tokenizer, engine = checkpoint.load_tokenizer(), checkpoint.load_tokenizer()
+    texts = [text for _, text, _ in held_out()]
+    frames = torch.ones(len(texts), dtype=torch.int32)
+    each = {name: torch.zeros(len(texts), *size) for name, size in (("codes", [8]), ("phones", [4]), ("words", []))}
+    torch.save(each | {"texts": texts, "frames": frames, "voices": frames, "wave": frames}, tmp_path / "held_out.pt")
+    groups = held_out_groups(tmp_path / "held_out.pt", tokenizer)
+    found = sorted(utterance.ids for group in groups.values() for utterance in group)
+    assert found == sorted(encode(engine, text) for text in texts)
+    taught = [u.ids for u in read_utterances([tmp_path / "held_out.pt"], tokenizer)]
+    changed = sum(ids != encode(engine, text) for ids, text in zip(taught, texts, strict=True)) / len(texts)
+    assert 0.1 < changed < DROPOUT_SHARE + 0.1
 
 
 def test_a_pass_teaches_every_utterance_once_in_batches_of_the_asked_size(checkpoint: Checkpoint) -> None:

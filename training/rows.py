@@ -71,24 +71,28 @@ class Batch:
         return Batch(**{name: x.to(device, non_blocking=True) for name, x in vars(self).items()})
 
 
-def tokens_and_words(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list[int], list[int]]:
-    """Ids of a text and, for each, the index of its whitespace-separated word."""
-    drop = zlib.crc32(text.encode()) % 1000 < 1000 * DROPOUT_SHARE
+def tokens_and_words(
+    tokenizer: "PreTrainedTokenizerBase", text: str, share: float = 0.0
+) -> tuple[list[int], list[int]]:
+    """Ids of a text and, for each, the index of its whitespace-separated word; `share` of all texts lose merges."""
+    drop = zlib.crc32(text.encode()) % 1000 < 1000 * share
     tokenizer.backend_tokenizer.model.dropout = DROPOUT if drop else None  # type: ignore[attr-defined]
     encoded = tokenizer(text, return_offsets_mapping=True)
     words_before = [len(text[:end].split()) - 1 for _, end in encoded["offset_mapping"]]  # type: ignore[index]
     return encoded["input_ids"], words_before  # type: ignore[return-value]
 
 
-def read_utterances(paths: Sequence[Path], tokenizer: "PreTrainedTokenizerBase") -> list[Utterance]:
-    """All utterances of some shards, without their waves."""
+def read_utterances(
+    paths: Sequence[Path], tokenizer: "PreTrainedTokenizerBase", share: float = DROPOUT_SHARE
+) -> list[Utterance]:
+    """All utterances of some shards, without their waves; `share` of their texts lose merges."""
     utterances = []
     for path in paths:
         shard = load(path, ("texts", "codes"), "data with --codebooks", mmap=True)
         lengths = shard["frames"].tolist()
         columns = [torch.split(shard[name].clone(), lengths) for name in ("codes", "phones", "words")]
         for text, voice, codes, phones, words in zip(shard["texts"], shard["voices"].tolist(), *columns, strict=True):
-            ids, token_words = tokens_and_words(tokenizer, text)
+            ids, token_words = tokens_and_words(tokenizer, text, share)
             utterances.append(Utterance(ids, token_words, codes, phones, words, voice))
     return utterances
 

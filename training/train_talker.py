@@ -120,12 +120,12 @@ class Trainer:
 
 
 def held_out_groups(path: Path, tokenizer: Any) -> dict[str, list[Utterance]]:
-    """The held-out recordings: sentences of known words, with unseen words, and with digits or in pairs."""
+    """The held-out recordings, cut as when they are spoken: of known words, with unseen words, digits or in pairs."""
     names = {"unseen": "unseen", "digits": "long", "pair": "long"}
     groups = {text: names.get(group, "known") for group, text, _ in held_out()}
     found: dict[str, list[Utterance]] = {name: [] for name in dict.fromkeys(groups.values())}
     texts = load(path, ("texts", "codes"), "data with --codebooks", mmap=True)["texts"]
-    for text, utterance in zip(texts, read_utterances([path], tokenizer), strict=True):
+    for text, utterance in zip(texts, read_utterances([path], tokenizer, share=0.0), strict=True):
         found[groups[text]].append(utterance)
     return {name: utterances for name, utterances in found.items() if utterances}
 
