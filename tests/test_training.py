@@ -1,5 +1,6 @@
 """What is taught is what runs: training rows are the engine's prompts, training losses are the modules' own."""
 
+import copy
 import importlib
 import json
 import random
@@ -8,8 +9,10 @@ import signal
 import subprocess
 import sys
 import wave
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from pipecat_qwen3.text import encode
 from training import codec_loss, needs, steps, tokenizer
 from training.codebooks import Codebooks, fit, left
 from training.export import averaged, sharpened
+from training.optimizers import optimizer
 from training.rows import DROPOUT_SHARE, Choice, Utterance, collate, plan, read_utterances, tokens_and_words
 from training.start import start, start_codec
 from training.talker_loss import AuxiliaryHeads, TalkerLoss
@@ -117,6 +121,35 @@ def test_what_is_held_out_is_cut_as_the_engine_cuts_it(checkpoint: Checkpoint, t
     taught = [u.ids for u in read_utterances([tmp_path / "held_out.pt"], tokenizer)]
     changed = sum(ids != encode(engine, text) for ids, text in zip(taught, texts, strict=True)) / len(texts)
     assert 0.1 < changed < DROPOUT_SHARE + 0.1
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_run_goes_on_as_if_it_had_not_been_stopped(talker: Talker, muon: bool) -> None:
+    def run(layers: torch.nn.Module, steps: Iterable[int], saved: dict[str, Any] | None = None) -> dict[str, Any]:
+        moved = optimizer(layers, [], 1e-2, muon)
+        if saved:
+            moved.load_state_dict(saved)
+        for step in steps:
+            for number, parameter in enumerate(layers.parameters()):
+                some = torch.Generator().manual_seed(100 * step + number)
+                parameter.grad = torch.randn(parameter.shape, generator=some)
+            moved.step()
+            moved.zero_grad()
+        return moved.state_dict()
+
+    at_once, stopped = (copy.deepcopy(talker.model.layers[0]).requires_grad_(True) for _ in range(2))
+    run(at_once, range(3))
+    saved = run(stopped, range(2))
+    run(stopped, range(2, 3), saved)
+    before = talker.model.layers[0].state_dict()
+    for name, parameter in stopped.named_parameters():
+        torch.testing.assert_close(parameter, at_once.get_parameter(name))
+        assert not torch.equal(parameter, before[name])
+    change = (at_once.get_parameter("mlp.up_proj.weight") - before["mlp.up_proj.weight"]).detach()
+    singular = torch.linalg.svdvals(change)
+    assert (singular[0] / singular[-1] < 3) == muon  # Muon's steps are as long in every direction
+    with pytest.raises(SystemExit, match="--muon was not the same"):
+        optimizer(stopped, [], 1e-2, not muon).load_state_dict(saved)
 
 
 def test_a_pass_teaches_every_utterance_once_in_batches_of_the_asked_size(checkpoint: Checkpoint) -> None:

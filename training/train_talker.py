@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from pipecat_qwen3.checkpoint import Checkpoint
 from training.codebooks import Codebooks
 from training.data import HELD_OUT
+from training.optimizers import optimizer
 from training.rows import Batch, Choice, Utterance, collate, plan, read_utterances
 from training.steps import INTERRUPTED, Stop, load, rate, shards, there
 from training.talker_loss import AuxiliaryHeads, TalkerLoss, total
@@ -48,11 +49,7 @@ class Trainer:
         books = Codebooks.load(options.codebooks).books.to(self.device)
         self.heads = AuxiliaryHeads(self.config.shape.talker.hidden, books.shape[-1]).to(self.device)
         self.loss = TalkerLoss(self.talker, self.heads, books, options.compile)
-        matrices, others = [], list(self.heads.parameters())
-        for name, parameter in self.talker.named_parameters():
-            (matrices if parameter.dim() >= 2 and "embedding" not in name else others).append(parameter)
-        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
+        self.optimizer = optimizer(self.talker, self.heads.parameters(), options.lr, options.muon)
         self.average = {name: x.clone() for name, x in self.talker.state_dict().items()}
         self.step, self.seconds, self.positions = 0, 0.0, 0
         self.path = options.run / "last.pt"
@@ -141,6 +138,9 @@ def shared_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--muon", action="store_true", help="the layers' matrices by Muon: README.md says what is known"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
