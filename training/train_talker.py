@@ -138,9 +138,7 @@ def shared_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument(
-        "--muon", action="store_true", help="the layers' matrices by Muon: README.md says what is known"
-    )
+    parser.add_argument("--muon", action="store_true", help="for the layers' matrices instead of AdamW")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
