@@ -335,6 +335,7 @@ def test_what_the_command_line_gets_wrong_is_said_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, voice = str(tmp_path), str(find("embedded"))
+    sound = str(ROOT / "docs" / "samples" / "rms.wav")
     readme, books = (str(ROOT / "training" / name) for name in ("README.md", "embedded_codebooks.pt"))
     wrong = [
         (["data", folder, "--shards", "5"], "argument --shards: 5 is not FIRST:END, such as 0:60"),
@@ -350,8 +351,8 @@ def test_what_the_command_line_gets_wrong_is_said_in_one_line(
             "embedded_codebooks.pt is no file of training.train_talker: it holds no average, talker",
         ),
         (
-            ["reinforce", voice, folder, "--run", folder, "--codebooks", books, "--judge", readme],
-            "README.md is no file of training.judge: it cannot be read",
+            ["reinforce", voice, folder, "--run", folder, "--codebooks", books, "--judge", sound],
+            "rms.wav is no file of training.judge: it cannot be read",
         ),
         (
             ["export", voice, f"{folder}/out", "--talker", books],
