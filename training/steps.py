@@ -35,15 +35,12 @@ def load(path: Path, holds: Iterable[str], maker: str, **options: Any) -> dict[s
     """The dictionary of a file that a program of the recipe wrote; exits with one line if it is of another kind."""
     try:
         found = torch.load(path, weights_only=True, **options)
-    except Exception:  # the unpickler raises anything for bytes that are no pickle
-        found = None
-    lacks = "it cannot be read"
-    if isinstance(found, dict):
-        missing = [name for name in holds if name not in found]
-        if not missing:
-            return found
-        lacks = f"it holds no {', '.join(missing[:3])}"
-    raise SystemExit(f"{path} is no file of training.{maker}: {lacks}")
+    except Exception as error:  # the unpickler raises anything for bytes that are no pickle
+        raise SystemExit(f"{path} is no file of training.{maker}: it cannot be read ({type(error).__name__})") from None
+    missing = [name for name in holds if not isinstance(found, dict) or name not in found]
+    if missing:
+        raise SystemExit(f"{path} is no file of training.{maker}: it holds no {', '.join(missing[:3])}")
+    return found
 
 
 def shards(folders: Sequence[Path]) -> list[Path]:
