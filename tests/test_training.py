@@ -28,7 +28,7 @@ from training import codec_loss, needs, steps, tokenizer
 from training.codebooks import Codebooks, fit, left
 from training.export import averaged, sharpened
 from training.optimizers import optimizer
-from training.rows import DROPOUT_SHARE, Choice, Utterance, collate, plan, read_utterances, tokens_and_words
+from training.rows import DROPOUT_SHARE, Choice, Utterance, collate, plan, read_utterances, recut, tokens_and_words
 from training.start import start, start_codec
 from training.talker_loss import AuxiliaryHeads, TalkerLoss
 from training.text import held_out
@@ -50,12 +50,12 @@ def talker(checkpoint: Checkpoint) -> Talker:
 
 
 def utterance(checkpoint: Checkpoint, frames: int = 30) -> Utterance:
-    ids, words = tokens_and_words(checkpoint.load_tokenizer(), TEXT)
+    [(ids, words)] = tokens_and_words(checkpoint.load_tokenizer(), [TEXT])
     some = torch.Generator().manual_seed(3)
     codes = torch.randint(0, checkpoint.config.shape.codes, (frames, checkpoint.config.shape.codebooks), generator=some)
     phones = torch.randint(0, 41, (frames, 4), generator=some)
     spoken = torch.arange(frames) * (max(words) + 1) // frames
-    return Utterance(ids, words, codes, phones, spoken, 1)
+    return Utterance(TEXT, ids, words, codes, phones, spoken, 1)
 
 
 def loss_of(talker: Talker) -> TalkerLoss:
@@ -102,7 +102,7 @@ def test_the_training_losses_are_those_of_the_modules(checkpoint: Checkpoint, ta
 
 def test_every_token_belongs_to_its_word(checkpoint: Checkpoint) -> None:
     tokenizer = checkpoint.load_tokenizer()
-    ids, words = tokens_and_words(tokenizer, TEXT)
+    [(ids, words)] = tokens_and_words(tokenizer, [TEXT])
     pieces = [""] * len(TEXT.split())
     for token, word in zip(ids, words, strict=True):
         pieces[word] += str(tokenizer.decode([token]))
@@ -118,9 +118,18 @@ def test_what_is_held_out_is_cut_as_the_engine_cuts_it(checkpoint: Checkpoint, t
     groups = held_out_groups(tmp_path / "held_out.pt", tokenizer)
     found = sorted(utterance.ids for group in groups.values() for utterance in group)
     assert found == sorted(encode(engine, text) for text in texts)
-    taught = [u.ids for u in read_utterances([tmp_path / "held_out.pt"], tokenizer)]
-    changed = sum(ids != encode(engine, text) for ids, text in zip(taught, texts, strict=True)) / len(texts)
-    assert 0.1 < changed < DROPOUT_SHARE + 0.1
+    utterances = read_utterances([tmp_path / "held_out.pt"], tokenizer)
+    passes = [recut(utterances, tokenizer, random.Random(seed)) for seed in range(2)]
+    changed = [
+        {n for n, (u, v) in enumerate(zip(utterances, taught, strict=True)) if u.ids != v.ids} for taught in passes
+    ]
+    assert all(0.1 < len(some) / len(texts) < DROPOUT_SHARE for some in changed)
+    assert changed[0] != changed[1]
+    for taught in passes:
+        for before, after in zip(utterances, taught, strict=True):
+            assert tokenizer.decode(after.ids) == before.text
+            assert len(after.token_words) == len(after.ids)
+            assert set(after.token_words) == set(before.token_words)
 
 
 @pytest.mark.parametrize("muon", [False, True])

@@ -23,7 +23,7 @@ from torch import Tensor
 from training.export import export
 from training.judge import Judge
 from training.rollouts import TEMPERATURE, Rollout, rollouts, tasks
-from training.rows import Batch, collate, plan, read_utterances
+from training.rows import Batch, collate, plan, read_utterances, recut
 from training.steps import INTERRUPTED, Stop, rate, shards, there
 from training.talker_loss import TalkerLoss, total
 from training.train_talker import HELD_OUT, Trainer, held_out_groups, shared_options
@@ -85,7 +85,7 @@ def forever(paths: list[Path], trainer: Trainer, rng: random.Random) -> Iterator
     """Endless batches of recordings."""
     utterances = read_utterances(paths, trainer.tokenizer)
     while True:
-        for choices in plan(utterances, trainer.options.positions, rng):
+        for choices in plan(recut(utterances, trainer.tokenizer, rng), trainer.options.positions, rng):
             yield collate(trainer.config, choices)
 
 

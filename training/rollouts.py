@@ -118,6 +118,8 @@ def _judged(backend: LocalBackend, judge: Judge, task: Task, layout: Layout, str
         marked = [marks(judge(codes), task.words) for codes in said]
     longer = np.array([len(codes) / task.frames - 1 for codes in said])
     blank = torch.zeros(1, 4, dtype=torch.uint8), torch.zeros(1, dtype=torch.int16)
-    rows = [Choice(Utterance(ids, [-1] * len(ids), codes, *blank, task.voice), layout, False) for codes in said]
+    rows = [
+        Choice(Utterance(task.text, ids, [-1] * len(ids), codes, *blank, task.voice), layout, False) for codes in said
+    ]
     means = [float(mark.mean()) for mark, _ in marked]
     return [Rollout(*each) for each in zip(rows, advantages(marked, longer), means, longer.tolist(), strict=True)]

@@ -6,7 +6,8 @@ Knows no weights.
 """
 
 import random
-import zlib
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,10 @@ word is cut where no word of the texts was, so its pieces must be known from oth
 class Utterance(NamedTuple):
     """A text and its speech.
 
-    ids, token_words [tokens]: the text's tokens and the word that each belongs to; codes [n,8], phones [n,4], words [n]
+    text; ids, token_words [tokens]: tokens and the word that each belongs to; codes [n,8], phones [n,4], words [n]
     """
 
+    text: str
     ids: list[int]
     token_words: list[int]
     codes: Tensor
@@ -72,29 +74,43 @@ class Batch:
 
 
 def tokens_and_words(
-    tokenizer: "PreTrainedTokenizerBase", text: str, share: float = 0.0
-) -> tuple[list[int], list[int]]:
-    """Ids of a text and, for each, the index of its whitespace-separated word; `share` of all texts lose merges."""
-    drop = zlib.crc32(text.encode()) % 1000 < 1000 * share
-    tokenizer.backend_tokenizer.model.dropout = DROPOUT if drop else None  # type: ignore[attr-defined]
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    words_before = [len(text[:end].split()) - 1 for _, end in encoded["offset_mapping"]]  # type: ignore[index]
-    return encoded["input_ids"], words_before  # type: ignore[return-value]
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], dropout: float | None = None
+) -> list[tuple[list[int], list[int]]]:
+    """Ids of each text and, for each id, the index of its whitespace-separated word; merges are lost by chance."""
+    if not texts:
+        return []
+    tokenizer.backend_tokenizer.model.dropout = dropout  # type: ignore[attr-defined]
+    encoded = tokenizer(list(texts), return_offsets_mapping=True)
+    tokenizer.backend_tokenizer.model.dropout = None  # type: ignore[attr-defined]
+    found = []
+    for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):  # type: ignore[arg-type]
+        beginnings = [match.start() for match in re.finditer(r"\S+", text)]
+        found.append((ids, [bisect_left(beginnings, end) - 1 for _, end in offsets]))
+    return found
 
 
-def read_utterances(
-    paths: Sequence[Path], tokenizer: "PreTrainedTokenizerBase", share: float = DROPOUT_SHARE
-) -> list[Utterance]:
-    """All utterances of some shards, without their waves; `share` of their texts lose merges."""
+def read_utterances(paths: Sequence[Path], tokenizer: "PreTrainedTokenizerBase") -> list[Utterance]:
+    """All utterances of some shards, without their waves, cut as when they are spoken."""
     utterances = []
     for path in paths:
         shard = load(path, ("texts", "codes"), "data with --codebooks", mmap=True)
         lengths = shard["frames"].tolist()
         columns = [torch.split(shard[name].clone(), lengths) for name in ("codes", "phones", "words")]
-        for text, voice, codes, phones, words in zip(shard["texts"], shard["voices"].tolist(), *columns, strict=True):
-            ids, token_words = tokens_and_words(tokenizer, text, share)
-            utterances.append(Utterance(ids, token_words, codes, phones, words, voice))
+        texts, voices = shard["texts"], shard["voices"].tolist()
+        cuts = tokens_and_words(tokenizer, texts)
+        for text, (ids, token_words), voice, codes, phones, words in zip(texts, cuts, voices, *columns, strict=True):
+            utterances.append(Utterance(text, ids, token_words, codes, phones, words, voice))
     return utterances
+
+
+def recut(utterances: Sequence[Utterance], tokenizer: "PreTrainedTokenizerBase", rng: random.Random) -> list[Utterance]:
+    """The same utterances, of which `DROPOUT_SHARE`, drawn anew in each pass, have lost merges."""
+    some = sorted(rng.sample(range(len(utterances)), round(DROPOUT_SHARE * len(utterances))))
+    cuts = tokens_and_words(tokenizer, [utterances[index].text for index in some], DROPOUT)
+    found = list(utterances)
+    for index, (ids, words) in zip(some, cuts, strict=True):
+        found[index] = utterances[index]._replace(ids=ids, token_words=words)
+    return found
 
 
 def row(config: ModelConfig, utterance: Utterance, layout: Layout, auto: bool) -> dict[str, list[int]]:

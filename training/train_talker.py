@@ -22,7 +22,7 @@ from pipecat_qwen3.checkpoint import Checkpoint
 from training.codebooks import Codebooks
 from training.data import HELD_OUT
 from training.optimizers import optimizer
-from training.rows import Batch, Choice, Utterance, collate, plan, read_utterances
+from training.rows import Batch, Choice, Utterance, collate, plan, read_utterances, recut
 from training.steps import INTERRUPTED, Stop, load, rate, shards, there
 from training.talker_loss import AuxiliaryHeads, TalkerLoss, total
 from training.text import held_out
@@ -122,7 +122,7 @@ def held_out_groups(path: Path, tokenizer: Any) -> dict[str, list[Utterance]]:
     groups = {text: names.get(group, "known") for group, text, _ in held_out()}
     found: dict[str, list[Utterance]] = {name: [] for name in dict.fromkeys(groups.values())}
     texts = load(path, ("texts", "codes"), "data with --codebooks", mmap=True)["texts"]
-    for text, utterance in zip(texts, read_utterances([path], tokenizer, share=0.0), strict=True):
+    for text, utterance in zip(texts, read_utterances([path], tokenizer), strict=True):
         found[groups[text]].append(utterance)
     return {name: utterances for name, utterances in found.items() if utterances}
 
@@ -172,7 +172,7 @@ def main() -> None:
             known = found
             print(f"{len(utterances)} utterances, {sum(len(u.codes) for u in utterances)} frames", flush=True)
         loader = DataLoader(
-            plan(utterances, options.positions, rng),  # type: ignore[arg-type]
+            plan(recut(utterances, trainer.tokenizer, rng), options.positions, rng),  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=partial(collate, trainer.config),
             num_workers=options.workers,
