@@ -22,6 +22,9 @@ SAMPLE_RATE = 24_000
 FRAME_SAMPLES = 1_920
 """Samples of one frame: 80 ms."""
 
+MAX_LEAD_S = 60.0
+"""What an utterance waits for at most because of the speech before it."""
+
 Layout = Literal["whole", "streaming"]
 End = Literal["eos", "cap", "runaway", "cancelled", "error"]
 
@@ -43,7 +46,8 @@ class Request:
     ramp        frames of the 1st, 2nd, … chunk; the last value goes on
     ahead_s     run at most so many seconds ahead of the playback; None for files: no limit
     skip_silence drop leading silence, told in Result.skipped_samples
-    lead_s      seconds of earlier speech that the listener still has to hear first: they count as run ahead
+    lead_s      seconds of earlier speech (at most MAX_LEAD_S) that the listener still has to hear first: they count as
+                run ahead
     """
 
     text: str | AsyncIterator[str]

@@ -144,9 +144,8 @@ class Engine:
         """Wait for a wake-up, or until a voice's credit or its patience with late text runs out."""
         now = time.monotonic()
         waits = [u.last_text_at + TEXT_TIMEOUT_S - now for u in [*self._resident, *self._waiting] if u.starving]
-        for u in self._resident:
-            if u.request.ahead_s is not None and u.is_prefilled and u.has_text:
-                waits.append(max(u.delivery.ahead(len(u.codes)) - u.request.ahead_s, 0.02))
+        waits += [max(u.early_s, 0.02) for u in self._resident if u.is_prefilled and u.has_text]
+        waits += [max(u.early_s, 0.02) for u in self._waiting if u.can_start and u.early_s >= 0]
         with self._changed:
             if not self._awake:
                 self._changed.wait(max(0.0, min(waits)) if waits else None)
@@ -199,8 +198,8 @@ class Engine:
                 self._end(u, "error", late)
 
     def _admit(self) -> None:
-        """Give rows to voices that can start; the last quarter of them only to voices with something to say."""
-        for u in [u for u in self._waiting if u.can_start]:
+        """Give rows to voices that can start and may; the last quarter of them only to voices with something to say."""
+        for u in [u for u in self._waiting if u.can_start and u.early_s < 0]:
             if len(self._free) <= (0 if u.has_text else self.step.rows // 4):
                 continue
             self._waiting.remove(u)
@@ -258,10 +257,8 @@ class Engine:
         """Voices that can speak a frame now; when columns are short, those least ahead of their playback."""
         ready = []
         for u in self._resident:
-            if u.is_prefilled and u.has_text:
-                ahead, limit = u.delivery.ahead(len(u.codes)), u.request.ahead_s
-                if limit is None or ahead < limit:
-                    ready.append((ahead, len(ready), u))
+            if u.is_prefilled and u.has_text and u.early_s < 0:
+                ready.append((u.delivery.ahead(len(u.codes)), len(ready), u))
         if len(ready) > self.step.columns:
             ready = sorted(ready)[: self.step.columns]
         return [u for _, _, u in ready]
@@ -308,7 +305,7 @@ class Engine:
         groups: dict[int, list[Utterance]] = {}
         silent = [u for u in voices if not u.buffered and id(u) in ends]
         for u in voices:
-            if u.buffered and not u.stream.cancelled:
+            if u.buffered and (id(u) in ends or not u.stream.cancelled):
                 groups.setdefault(len(u.buffered), []).append(u)
         for members in groups.values():
             frames = torch.stack([frame for u in members for frame in u.buffered])  # in one launch on a GPU

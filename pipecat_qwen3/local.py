@@ -12,7 +12,7 @@ import torch
 
 from megakernel.choose import UnavailableError, choose, make_step
 from megakernel.sampler import Sampling
-from pipecat_qwen3.backend import PROFILES, Layout, Load, Request, Stream
+from pipecat_qwen3.backend import MAX_LEAD_S, PROFILES, Layout, Load, Request, Stream
 from pipecat_qwen3.checkpoint import EMBEDDED, Checkpoint
 from pipecat_qwen3.codec_runner import open_codec
 from pipecat_qwen3.config import Generation
@@ -27,9 +27,6 @@ from pipecat_qwen3.words import Rate
 
 MAX_POSITIONS = 4096
 """Compile limit of the kernels; a row of the 0.6B talker takes 470 MB of KV at that length."""
-
-MAX_LEAD_S = 3600.0
-"""Nobody has to hear more than so many seconds before an utterance."""
 
 FRAMES_PER_TOKEN = 3
 """Speech takes at least about so many frames a text token: what a request must find room for."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from pipecat_qwen3.backend import Layout, Result
+from pipecat_qwen3.backend import MAX_LEAD_S, Layout, Result
 from pipecat_qwen3.errors import (
     BackendError,
     BadRequestError,
@@ -80,7 +80,7 @@ class Settings(BaseModel):
     ramp: Ramp | None = None
     ahead_s: float | None = 10.0
     skip_silence: bool = False
-    lead_s: float = Field(0.0, ge=0, le=3600)
+    lead_s: float = Field(0.0, ge=0, le=MAX_LEAD_S)
 
 
 SETTINGS = tuple(Settings.model_fields)
@@ -153,7 +153,9 @@ def context_of(raw: str) -> str | None:
     except (ValueError, RecursionError):
         return None
     context = found.get("context_id") if isinstance(found, dict) else None
-    return context if isinstance(context, str) and 0 < len(context) <= MAX_CONTEXT_ID else None
+    if not isinstance(context, str) or any("\ud800" <= c <= "\udfff" for c in context):
+        return None  # what no answer can name
+    return context if 0 < len(context) <= MAX_CONTEXT_ID else None
 
 
 def one_line(error: ValidationError) -> str:

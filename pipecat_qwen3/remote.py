@@ -116,6 +116,7 @@ class RemoteBackend:
         self._wanted = asyncio.Event()
         self._starting = threading.Lock()
         self._running: Future[None] | None = None
+        self._usable = False
         self._ended = threading.Event()
 
     @classmethod
@@ -262,7 +263,7 @@ class RemoteBackend:
         if context is not None:
             context.stop_reading()
             self._outbox.put_nowait(protocol.cancel(name))
-            if not self.ready:
+            if not self.ready or context.unanswered == []:  # the server has never heard of it
                 del self._contexts[name]
                 context.finish(Result("cancelled", 0, context.stream.seed))
 
@@ -298,7 +299,7 @@ class RemoteBackend:
                     continue
             except InvalidStatus as refused:
                 error = self._refused(refused.response.status_code)
-            except (OSError, WebSocketException, TimeoutError, ValueError, LookupError, TypeError) as broken:
+            except Exception as broken:
                 reason = str(broken) or type(broken).__name__
                 what = "the connection broke" if self.ready else "no connection"
                 error = ConnectionFailedError(f"{what} to {self.url}: {reason}")
@@ -337,6 +338,7 @@ class RemoteBackend:
         self.model, self.ready = hello["model"], True
         if not self._settled.done():
             self._settled.set_result(None)
+        self._usable = True
         self._tell(None)
 
     async def _write(self, socket: ClientConnection) -> None:
@@ -345,14 +347,14 @@ class RemoteBackend:
                 await socket.send(await self._outbox.get())
 
     def _lost(self, error: TTSError) -> None:
-        was_ready, self.ready = self.ready, False
+        was_usable, self._usable, self.ready = self._usable, False, False
         self._outbox = asyncio.Queue()
         self._wanted.clear()
         self._fail_all(error)
         if not self._settled.done():
             self._settled.set_exception(error)
-        logger.log(logging.WARNING if was_ready else logging.DEBUG, "%s", error)
-        if was_ready:
+        logger.log(logging.WARNING if was_usable else logging.DEBUG, "%s", error)
+        if was_usable:
             self._tell(error)
 
     def _say_again(self) -> bool:

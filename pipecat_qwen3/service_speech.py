@@ -22,7 +22,7 @@ from pipecat.utils.errors import ErrorCategory
 from pipecat.utils.tracing.service_decorators import traced_tts
 from pipecat.utils.types import assert_given
 
-from pipecat_qwen3.backend import FRAME_SAMPLES, SAMPLE_RATE, Backend, Chunk, Request, Result, Stream
+from pipecat_qwen3.backend import FRAME_SAMPLES, MAX_LEAD_S, SAMPLE_RATE, Backend, Chunk, Request, Result, Stream
 from pipecat_qwen3.errors import EngineError, TTSError, UnknownNameError, choices
 from pipecat_qwen3.playback import Playback, Resampler, is_spaceless
 from pipecat_qwen3.service_reply import Reply
@@ -211,7 +211,7 @@ class SpeechService(TTSService):
         late_start = playback.began is not None and not playback.spoken
         if late_start:  # the turn began with silence, which is no first byte: measure this sentence instead
             await self.start_ttfb_metrics()
-        stream = None
+        stream, silent = None, True
         playback.said.clear()
         try:
             stream = self._speak(text, self._spoken_settings(), playback)
@@ -221,6 +221,9 @@ class SpeechService(TTSService):
                     await self.stop_ttfb_metrics()
                     late_start = False
                 yield frame
+                silent = False
+            if silent and stream.result and stream.result.end != "cancelled":  # all of it was leading silence
+                yield await self._silence(playback, context_id)
             if stream.result and stream.result.end != "eos":
                 await self._leave_unspoken(playback.unsaid(text), playback, context_id)
         except asyncio.CancelledError:
@@ -303,7 +306,8 @@ class SpeechService(TTSService):
             raise EngineError("no engine was loaded; the error at the start says why")
         first = not playback.spoken and not playback.streams
         skip = self._skip_silence and first
-        stream = self._backend.speak(Request(text, skip_silence=skip, lead_s=playback.lead_s, **settings))
+        lead_s = min(playback.lead_s, MAX_LEAD_S)
+        stream = self._backend.speak(Request(text, skip_silence=skip, lead_s=lead_s, **settings))
         playback.streams.add(stream)
         return stream
 

@@ -4,6 +4,7 @@ Owned by the engine thread; only `feed`, `end` and `fail` (which append to an in
 touched from outside.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -167,6 +168,12 @@ class Utterance:
         self.text_ids.extend(ids)  # they are counted already, so the cap holds however often this happens
         self.prompt, self.prefilled, self.same_code = None, 0, 0
         self.last_text_at = time.monotonic()
+
+    @property
+    def early_s(self) -> float:
+        """Seconds until the listener has heard enough for the next frame; below 0: it may be spoken now."""
+        limit = self.request.ahead_s
+        return -math.inf if limit is None else self.delivery.ahead(len(self.codes)) - limit
 
     @property
     def is_prefilled(self) -> bool:

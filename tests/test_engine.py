@@ -5,7 +5,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +171,33 @@ def test_what_the_listener_has_still_to_hear_counts_as_run_ahead(embedded: Local
     next(iter(stream))
     assert time.monotonic() - begun >= 0.6
     assert stream.wait(10).end == "eos"
+
+
+def test_a_voice_that_may_not_speak_yet_holds_no_row(own: LocalBackend) -> None:
+    waiting = [own.speak(Request(text="Hi", ahead_s=1.0, lead_s=60.0)) for _ in range(own.load.rows + 1)]
+    assert own.speak(Request(text="Hi", max_frames=2)).wait(10).end == "cap"
+    assert own.load.waiting == len(waiting)
+    for stream in waiting:
+        stream.cancel()
+        assert stream.wait(10).end == "cancelled"
+
+
+@pytest.mark.parametrize("frame", [1, 2, 6])
+def test_a_cancel_while_a_frame_is_made_ends_the_voice(own: LocalBackend, frame: int) -> None:
+    step, made = own.engine.step.step, 0
+
+    def cancelled_meanwhile(rows: Sequence[int], text: torch.Tensor) -> torch.Tensor:
+        nonlocal made
+        made += 1
+        if made == frame:
+            stream.cancel()
+        return step(rows, text)
+
+    own.engine.step.step = cancelled_meanwhile  # type: ignore[method-assign]
+    stream = own.speak(Request(text="Hi", seed=1, max_frames=6, ahead_s=None, ramp=(4,)))
+    assert stream.wait(10).end == "cancelled"
+    assert own.speak(Request(text="Hi", max_frames=2)).wait(10).end == "cap"
+    assert own.load.used == 0
 
 
 def test_the_playback_begins_behind_the_speech_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -629,6 +656,7 @@ def test_words_arrive_in_order_within_the_audio(embedded: LocalBackend) -> None:
         (Request(text="Hi", ramp=()), BadRequestError, "ramp should hold"),
         (Request(text="Hi", ahead_s=-1.0), BadRequestError, "ahead_s should be a number above 0"),
         (Request(text="Hi", lead_s=float("nan")), BadRequestError, "lead_s should be a number from 0"),
+        (Request(text="Hi", lead_s=61), BadRequestError, "lead_s should be a number from 0 to 60"),
         (Request(text="Hi", layout="fast"), BadRequestError, "layout should be"),  # type: ignore[arg-type]
         (Request(text="word " * 600), BadRequestError, "speak it sentence by sentence"),
     ],

@@ -196,6 +196,8 @@ def test_a_context_without_text_is_done_without_audio(server: Served) -> None:
         ('{"type":"text","context_id":"' + "x" * 65 + '","text":"x"}', "context_id"),
         ('{"type":"text","context_id":"' + "ö" * 64 + '","text":"x"}', "64 bytes"),
         ('{"type":"text","context_id":"a","text":"\\ud800"}', "hex escape"),
+        ('{"type":"text","context_id":"a\\ud800","text":"x"}', "hex escape"),
+        ('{"type":"text","context_id":"a","text":"x","lead_s":61}', "lead_s"),
         ('{"type":"flush","context_id":"a","text":"x"}', "no field 'text'"),
         ('{"type":"ping","id":[]}', "id"),
         ("[" * 10000, "recursion"),

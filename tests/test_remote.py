@@ -193,6 +193,18 @@ def test_after_a_cancel_nothing_comes_and_the_server_knows(
     assert stream.wait(5).end == "cancelled"
 
 
+async def test_a_voice_that_the_server_never_heard_of_ends_at_its_cancel(remote: RemoteBackend) -> None:
+    async def never() -> AsyncIterator[str]:
+        await asyncio.sleep(60)
+        yield "nothing"
+
+    stream = remote.speak(Request(never()))
+    until(lambda: bool(remote._contexts))
+    stream.cancel()
+    until(lambda: not remote._contexts)
+    assert stream.wait(1).end == "cancelled"
+
+
 def barge_in(remote: RemoteBackend, rounds: int, seed: int) -> None:
     choose = random.Random(seed)
     live: list[Stream] = []
@@ -330,6 +342,15 @@ def test_nobody_there_and_a_wrong_key_are_said_so() -> None:
         with pytest.raises(UnauthorizedError):
             RemoteBackend.open(served.ws, api_key="wrong")
         RemoteBackend.open(served.ws, api_key="right").close()
+
+
+def test_whatever_keeps_it_from_connecting_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*_: object, **__: object) -> None:
+        raise ImportError("connecting through a SOCKS proxy requires python-socks")
+
+    monkeypatch.setattr(remote_module, "connect", connect)
+    with pytest.raises(ConnectionFailedError, match=r"no connection to ws://localhost:1.*python-socks"):
+        RemoteBackend.open("ws://localhost:1")
 
 
 def test_closing_ends_everything_and_may_be_repeated(fake: FakeBackend, server: Served) -> None:

@@ -41,6 +41,7 @@ from pipecat.pipeline.worker import PipelineParams, PipelineWorker
 from pipecat.processors.aggregators.llm_context import LLMContext
 from pipecat.processors.aggregators.llm_response_universal import LLMAssistantAggregator
 from pipecat.processors.frame_processor import FrameDirection, FrameProcessor
+from pipecat.services.tts_service import TextAggregationMode
 from pipecat.tests.utils import run_test
 from pipecat.transcriptions.language import Language
 from pipecat.transports.base_output import BaseOutputTransport
@@ -51,7 +52,7 @@ from pipecat.workers.runner import WorkerRunner
 from pipecat_qwen3 import playback as playback_module
 from pipecat_qwen3 import service as service_module
 from pipecat_qwen3 import service_speech as speech_module
-from pipecat_qwen3.backend import SAMPLE_RATE, Chunk
+from pipecat_qwen3.backend import FRAME_SAMPLES, SAMPLE_RATE, Chunk, Result, Stream
 from pipecat_qwen3.errors import (
     BackendError,
     BadRequestError,
@@ -524,6 +525,22 @@ async def test_nothing_is_kept_of_contexts_that_are_over(backend):
 
 
 # -- text that cannot be spoken, errors ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [None, TextAggregationMode.TOKEN])
+async def test_three_utterances_without_a_sample_are_no_failure(backend, monkeypatch, mode):
+    def silence(request):
+        stream = Stream(1)
+        stream.finish(Result("runaway", 40, 1, skipped_samples=40 * FRAME_SAMPLES))
+        return stream
+
+    monkeypatch.setattr(backend, "speak", silence)
+    service = Qwen3TTSService(backend=backend, text_aggregation_mode=mode)
+    async with live(service) as (worker, recorder):
+        for n in range(3):
+            await worker.queue_frames(turn("Hm."))
+            await recorder.until(count(TTSStoppedFrame, n + 1))
+        assert service.is_usable
 
 
 async def test_three_silent_texts_are_no_failure(backend):

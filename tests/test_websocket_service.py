@@ -27,6 +27,7 @@ from pipecat.services.tts_service import TextAggregationMode
 from pipecat.utils.errors import ErrorCategory
 
 from pipecat_qwen3.errors import BadRequestError, OverloadedError, UnknownNameError
+from pipecat_qwen3.remote import LASTING_S
 from pipecat_qwen3.server_speaker import Limits
 from pipecat_qwen3.service import Qwen3TTSService
 from pipecat_qwen3.websocket_service import Qwen3WebsocketTTSService
@@ -197,7 +198,8 @@ async def test_after_the_server_is_gone_and_back_the_bot_speaks_again(mode) -> N
     assert errors
 
 
-async def test_when_the_server_stays_away_a_switcher_fails_over_and_may_come_back() -> None:
+@pytest.mark.parametrize("orderly", [False, True])
+async def test_when_the_server_stays_away_a_switcher_fails_over_and_may_come_back(orderly: bool) -> None:
     spare = FakeBackend()
     with serving(FakeBackend) as served:
         service = Qwen3WebsocketTTSService(url=served.ws, give_up_s=0.3)
@@ -206,7 +208,11 @@ async def test_when_the_server_stays_away_a_switcher_fails_over_and_may_come_bac
             await worker.queue_frame(TTSSpeakFrame("Hello there."))
             await recorder.until(count(TTSStoppedFrame))
             assert not spare.requests
-            served.server.should_exit = served.server.force_exit = True
+            if orderly:  # as at SIGTERM
+                await asyncio.sleep(2 * LASTING_S)
+                served.server.handle_exit(15, None)
+            else:
+                served.server.should_exit = served.server.force_exit = True
             async with asyncio.timeout(10):
                 while service.is_usable:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
