@@ -1,6 +1,10 @@
 """The judge hears what was said, the advantages follow its marks, and the talker follows the advantages."""
 
+import argparse
+import dataclasses
 import random
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +17,12 @@ from pipecat_qwen3.checkpoint import Checkpoint
 from tests.test_training import loss_of, utterance
 from training.flite import PHONES
 from training.judge import WORST, marks
-from training.reinforce import groups, policy_gain
+from training.reinforce import Reinforcer, groups, policy_gain
 from training.rollouts import Rollout, advantages
-from training.rows import Choice, collate
+from training.rows import Batch, Choice, collate
+from training.train_talker import shared_options
+
+ROOT = Path(__file__).parents[1]
 
 CAT, DOG = (bytes(PHONES.index(p) for p in word.split()) for word in ("k ae t", "d ao g"))
 
@@ -54,6 +61,22 @@ def test_frames_belong_to_the_words_that_they_say() -> None:
     said = "pau k k k ae ae ae ae t t pau pau pau d d d ao ao g g g pau pau pau"
     _, word_of = marks(heard(said), [CAT, DOG])
     assert word_of.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_what_it_learns_from_is_brought_to_its_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    checkpoint, books = Checkpoint.open("embedded"), ROOT / "training" / "embedded_codebooks.pt"
+    command = [str(tmp_path), str(tmp_path), "--run", str(tmp_path), "--codebooks", str(books), "--device", "cpu"]
+    options = shared_options(argparse.ArgumentParser()).parse_args(command)
+    options.__dict__ |= {"base": "embedded", "lr": 1e-3, "steps": 9, "warm": 1, "hold": 0.5, "weight": 1.0}
+    trainer = Reinforcer(options)
+    trainer.begin_round()
+    here = collate(checkpoint.config, [Choice(utterance(checkpoint), "whole", False)])
+    monkeypatch.setattr(Batch, "to", lambda _, device: {trainer.device: here}[device])
+    advantages = types.SimpleNamespace(to=lambda device: torch.ones(31, device=device))
+    elsewhere = dataclasses.replace(here, **{name: x.to("meta") for name, x in vars(here).items()})
+    found = trainer.reinforce(elsewhere, elsewhere, advantages)  # type: ignore[arg-type]
+    assert found["gain"] == pytest.approx(1.0, abs=1e-3)
+    assert trainer.step == 1
 
 
 def test_a_frame_has_the_advantage_of_its_word_over_the_other_turns() -> None:

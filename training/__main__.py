@@ -7,15 +7,20 @@ by side where there are two cores or a GPU. On a GPU the batches are larger and 
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from training import needs
 from training.steps import leave, on_signals
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Batches travel through it from the processes that build them; a container may have 64 MB of it."""
 
 RUNNING: list[subprocess.Popen[str]] = []
 
@@ -52,6 +57,16 @@ def finish(*steps: threading.Thread) -> None:
         shown.join()
 
 
+def together(side_by_side: bool, *commands: Sequence[object]) -> None:
+    """Run steps, each given as its name and arguments, at the same time or one after the other."""
+    begun = []
+    for name, *arguments in commands:
+        begun.append(begin(str(name), *arguments))
+        if not side_by_side:
+            finish(*begun)
+    finish(*begun)
+
+
 def step(name: str, *arguments: object, module: str = "training") -> None:
     """Run one step to its end."""
     finish(begin(name, *arguments, module=module))
@@ -60,6 +75,8 @@ def step(name: str, *arguments: object, module: str = "training") -> None:
 def options() -> argparse.Namespace:
     """What the command line says; the defaults are those of the machine."""
     gpu, cores = torch.cuda.is_available(), torch.get_num_threads()
+    roomy = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).total > 1 << 30
+    workers = max(1, cores // 2 - 1) if gpu and roomy else 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--shards", type=int, default=150)
@@ -74,7 +91,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=1000, help="of a round in which the talker is reinforced")
     parser.add_argument("--positions", type=int, default=60_000 if gpu else 2000, help="of a batch of the talker")
     parser.add_argument("--crops", type=int, default=64 if gpu else 4, help="of a batch of the codec")
-    parser.add_argument("--workers", type=int, default=max(1, cores // 2 - 1) if gpu else 0, help="that build batches")
+    parser.add_argument("--workers", type=int, default=workers, help="that build batches")
     parser.add_argument("--threads", type=int, default=1 if gpu else max(1, cores // 2), help="of each trainer")
     parser.add_argument("--eager", action="store_true", help="compile nothing: for a few steps only")
     parser.set_defaults(side_by_side=gpu or cores > 1)
@@ -97,23 +114,26 @@ def run(o: argparse.Namespace) -> None:
     step("data", data, "--shards", f"0:{o.shards}", "--codebooks", books, *shards)
     if not blank.exists():
         step("start", blank, "--codebooks", books, "--tokenizer", pieces)
-    step("listener", data, "--out", ears, "--steps", o.listener_steps, "--threads", o.threads)
+    together(
+        o.side_by_side,
+        ("listener", data, "--out", ears, "--steps", o.listener_steps, "--threads", o.threads),
+        ("judge", data, "--codebooks", books, "--out", judge, "--steps", o.judge_steps, "--threads", o.threads),
+    )
     both = ["--threads", o.threads, "--workers", o.workers, *([] if o.eager else ["--compile"])]
     talker = ["--run", runs[0], "--codebooks", books, "--steps", o.talker_steps, "--positions", o.positions, *both]
     codec = ["--run", runs[1], "--listener", ears, "--steps", o.codec_steps, "--crops", o.crops, *both]
-    first = begin("train_talker", blank, data, *talker)
-    if not o.side_by_side:
-        finish(first)
-    finish(first, begin("train_codec", blank, data, *codec))
+    together(o.side_by_side, ("train_talker", blank, data, *talker), ("train_codec", blank, data, *codec))
     trained = ["--talker", runs[0] / "last.pt", "--codec", runs[1] / "last.pt"]
     step("export", blank, taught, *trained, "--codebooks", books)
-    step("judge", data, "--codebooks", books, "--out", judge, "--steps", o.judge_steps, "--threads", o.threads)
     talker = ["--run", reinforced, "--codebooks", books, "--judge", judge, "--threads", o.threads]
     talker += ["--steps", o.reinforce_steps, "--texts", o.texts, *([] if o.eager else ["--compile"])]
     step("reinforce", taught, data, *talker)
     step("export", taught, voice, "--talker", *(f"{run / 'last.pt'}=0.5" for run in (runs[0], reinforced)))
-    step("evaluate_codec", voice, data, "--out", o.work / "resynthesis")
-    step("asr_loop", "--model", voice, "--json", o.work / "asr_loop.json", *sentences, module="bench")
+    figures, decoder = o.work / "resynthesis" / "figures.json", runs[1] / "last.pt"
+    if not figures.exists() or figures.stat().st_mtime < decoder.stat().st_mtime:
+        step("evaluate_codec", voice, data, "--out", figures.parent)
+    heard = ["--json", o.work / "asr_loop.json", "--jobs", o.jobs, *sentences]
+    step("asr_loop", "--model", voice, *heard, module="bench")
 
 
 def main() -> None:

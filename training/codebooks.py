@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.features import MELS
-from training.steps import load, there
+from training.steps import leave, load, on_signals, there
 
 DIMENSIONS, ENTRIES, BOOKS = 64, 512, 8
 MEANING_WEIGHT = 0.5
@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--shards", type=int, default=16)
     options = parser.parse_args()
+    on_signals(leave)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     shards = [read_shard(path) for path in sorted(options.data.glob("[0-9]*.pt"))[: options.shards]]

@@ -22,7 +22,7 @@ from training.codec_loss import RATE as CODEC_RATE
 from training.data import HELD_OUT, read_shard
 from training.features import FRAME, log_mel
 from training.flite import RATE, VOICES
-from training.steps import there
+from training.steps import leave, on_signals, there
 from training.text import held_out
 
 
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sentences", type=int, help="only the first of each voice")
     options = parser.parse_args()
+    on_signals(leave)
     torch.set_num_threads(1)
     decoder, shard = Checkpoint.open(options.checkpoint).load_codec(), read_shard(options.data / HELD_OUT)
     lengths = shard["frames"].tolist()

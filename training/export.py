@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.codebooks import Codebooks
-from training.steps import load, there
+from training.steps import leave, load, on_signals, there
 
 LIMIT_MB = 25.0
 
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--codebooks", type=there, help="of the recordings that --codec was trained on")
     parser.add_argument("--sharpen", type=float, default=SHARPEN, help="gain of the decoder's formants; 1 for none")
     options = parser.parse_args()
+    on_signals(leave)
     if bool(options.codec) != (options.codebooks is not None):
         parser.error("--codec and --codebooks belong together: what the decoder is fed is sharpened")
     sharpening = Codebooks.load(options.codebooks).sharpening(options.sharpen) if options.codebooks else None

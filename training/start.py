@@ -24,7 +24,7 @@ from pipecat_qwen3.talker import Talker
 from training.codebooks import Codebooks
 from training.export import write
 from training.lexicon import text_embeddings
-from training.steps import there
+from training.steps import leave, on_signals, there
 
 
 def orthogonal(rows: int, columns: int) -> Tensor:
@@ -123,6 +123,7 @@ def main() -> None:
     parser.add_argument("--base", default="embedded", help="checkpoint whose configs are taken")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    on_signals(leave)
     torch.manual_seed(options.seed)
     start(find(options.base), options.out, Codebooks.load(options.codebooks), options.tokenizer)
 

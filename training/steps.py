@@ -70,6 +70,7 @@ def fit(
 
     Every minute and at the end it is said what share of held-out material, in per cent, the network gets right.
     """
+    on_signals(leave)
     optimizer = torch.optim.AdamW(network.parameters(), lr=options.lr, fused=True)
     said = time.monotonic()
     for step in range(options.steps):

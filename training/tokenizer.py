@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 from pipecat_qwen3.checkpoint import find
 from training import needs
+from training.steps import leave, on_signals
 from training.text import Texts, held_out
 
 SENTENCES = 60_000
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--base", default="embedded", help="checkpoint whose special tokens are taken over")
     parser.add_argument("--sentences", type=int, default=SENTENCES)
     options = parser.parse_args()
+    on_signals(leave)
     needs.check()
     config = find(options.base) / "tokenizer_config.json"
     first_special = min(map(int, json.loads(config.read_text(encoding="utf-8"))["added_tokens_decoder"]))
