@@ -1,10 +1,10 @@
 """Sources become cubins without a GPU: compiled, found again, shipped, or refused in one line."""
 
+import itertools
 import logging
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,8 @@ import pytest
 from megakernel import build, kernels, launch, nvrtc
 from megakernel.build import ARCHITECTURES, BuildError, Cubin
 from megakernel.gpu import Gpu
-from megakernel.shape import Shape, StackShape
+from megakernel.prebuild import GPUS, MODELS
+from megakernel.shape import Shape
 from tests import sass
 
 TOY = Path(__file__).parent / "toy"
@@ -62,36 +63,32 @@ def entries(cache: Path) -> list[Path]:
 
 # -- the kernels that ship ----------------------------------------------------------------------------------------
 
-OFFICIAL = StackShape(layers=28, hidden=1024, intermediate=3072, heads=16, kv_heads=8, head_dim=128)
-SHAPE = Shape(
-    talker=OFFICIAL,
-    predictor=replace(OFFICIAL, layers=5),
-    codebooks=16,
-    codes=2048,
-    vocab=3072,
-    eos=2150,
-    projected=False,
-)
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}
 """Of an A100, A40, RTX 4090, H100, B200, RTX 5090."""
 
-EACH_TIME = {("sm_80", 8, "phase"), ("sm_90", 8, "persistent")}
+SHIPPED = [arch for _, arch, _, _ in GPUS]
+EACH_TIME = {(MODELS[0], "sm_80", 8, "phase"), (MODELS[0], "sm_90", 8, "persistent")}
 INSTANCES = [
-    pytest.param(arch, columns, entry, marks=[] if (arch, columns, entry) in EACH_TIME else pytest.mark.slow)
-    for arch in ARCHITECTURES
-    for columns in kernels.INSTANCES
-    for entry in launch.ENTRIES
+    pytest.param(
+        *instance,
+        marks=[] if instance in EACH_TIME else pytest.mark.slow,
+        id="-".join(["1.7B" if instance[0].projected else "0.6B", *map(str, instance[1:])]),
+    )
+    for instance in (
+        *itertools.product(MODELS[:1], ARCHITECTURES, kernels.INSTANCES, launch.ENTRIES),
+        *itertools.product(MODELS[1:], SHIPPED, kernels.INSTANCES, ["persistent"]),
+    )
 ]
 
 
-@pytest.mark.parametrize(("arch", "columns", "entry"), INSTANCES)
+@pytest.mark.parametrize(("shape", "arch", "columns", "entry"), INSTANCES)
 def test_the_frame_kernels_read_wide_multiply_on_tensor_cores_and_do_not_spill(
-    arch: str, columns: int, entry: str
+    shape: Shape, arch: str, columns: int, entry: str
 ) -> None:
     blocks, shared = MULTIPROCESSORS[arch], sass.SHARED[arch] * 1024
     staged = launch.staged_bytes(Gpu(0, "", (0, 0), blocks, shared, 0, True, (13, 0), ""))
-    cubin = build.compile(launch.defines(SHAPE, blocks, staged, columns, entry), arch)
-    sass.assert_sound(cubin, launch.THREADS, kernels.shared_bytes(SHAPE, columns, launch.THREADS, staged))
+    cubin = build.compile(launch.defines(shape, blocks, staged, columns, entry), arch)
+    sass.assert_sound(cubin, launch.THREADS, kernels.shared_bytes(shape, columns, launch.THREADS, staged))
     kernel = sass.instructions(cubin)[entry]
     assert sass.count(kernel, "HMMA.16816.F32.BF16") > 0
     # past coherence go weights alone (their loads leave L1 out): all else may have been written by the same launch

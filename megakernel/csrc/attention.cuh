@@ -93,7 +93,7 @@ struct AttentionWork {
 template <class S>
 MK_DEV void attend(const Args& a, AttentionWork<S>& w, const Cache& c, const float* norms, const float* rope,
                    int head, int piece) {
-    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, j = lane % SHARE, mine = lane / SHARE;
+    int tid = thread(), warp = tid / LANES, lane = tid % LANES, j = lane % SHARE, mine = lane / SHARE;
     int n = pieces(c.start), size = (c.start + n - 1) / n;
     int from = piece * size, to = from + size < c.start ? from + size : c.start;
     bool last = piece == n - 1;

@@ -67,7 +67,7 @@ struct Block {
 // stream and the parts kept in `keep` by one block a tile. A lane reads only what it wrote.
 template <int K, int NT, class Load>
 MK_DEV void stage(Work& w, const float* norm, float* keep, int first_slot, int slots, Load load) {
-    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
+    int tid = thread(), warp = tid / LANES, lane = tid % LANES, g = lane / 4, t = lane % 4;
     float squares[NT];
     MK_UNROLL
     for (int nt = 0; nt < NT; nt++) squares[nt] = 0;
@@ -105,7 +105,7 @@ MK_DEV float inverse_rms(const Work& w, int column) {
 template <class M, int NT, class Load, class Finish, class Rest>
 MK_DEV void normed_product(Block& b, const Fragment* weights, const float* norm, float* keep, int first, int slots,
                            Load load, Finish finish, Rest rest) {
-    int lane = threadIdx.x % LANES;
+    int lane = thread() % LANES;
     for (int from = first; from < slots; from += 8 * NT) {
         bool last = from + 8 * NT >= slots;
         if (from > first) {
@@ -265,7 +265,7 @@ struct Layer {
     template <class M, class Load>
     MK_DEV static void plain_product(Block& b, const Fragment* weights, int slots, Load load) {
         constexpr int NT = DIRECT_TILES;
-        int lane = threadIdx.x % LANES, g = lane / 4, t = lane % 4;
+        int lane = thread() % LANES, g = lane / 4, t = lane % 4;
         for (int from = 0; from < slots; from += 8 * NT) {
             bool last = from + 8 * NT >= slots;
             if (from > 0) {
@@ -313,7 +313,7 @@ MK_DEV void codec_head(Block& b) {
 #if PROJECTED
             __syncthreads();
             Ahead own;
-            int lane = threadIdx.x % LANES;
+            int lane = thread() % LANES;
             read_ahead(own, shelf<Projection, NT>(a.projection));
             product<Projection, NT>(
                 own, a.projection, (float*)b.w.sums,

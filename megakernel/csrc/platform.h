@@ -53,6 +53,7 @@ MK_DEV Quad narrow4(float4 x) { return Quad{{narrow(x.x), narrow(x.y), narrow(x.
 
 #ifdef MK_CPU
 
+MK_DEV int thread() { return threadIdx.x; }
 MK_DEV Fragment load_weights(const Fragment* p) { return *p; }
 #define MK_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 MK_DEV void mma(float (&d)[4], const Fragment& a, const Quad& b, MK_CALLER) {
@@ -77,6 +78,13 @@ MK_DEV char* shared_memory() { return (char*)cucpu::shared_memory(); }
 
 #else
 
+// threadIdx.x, read anew each time: what compilers compute from it ahead of the phases' loop is more than registers hold.
+MK_DEV int thread() {
+    int t;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+    __builtin_assume(t >= 0 && t < THREADS);
+    return t;
+}
 // Weights are read once a frame: past L1, through the read-only path (the kernel never writes them).
 MK_DEV Fragment load_weights(const Fragment* p) {
     union {

@@ -77,7 +77,7 @@ MK_DEV Shelf shelf(const Fragment* weights) {
 
 // Start loading them; the same order as Place.
 MK_DEV void read_ahead(Ahead& ahead, const Shelf& s) {
-    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    int tid = thread(), warp = tid / LANES, lane = tid % LANES;
     int item = blockIdx.x, step = 0, within = warp;
     MK_UNROLL
     for (int v = 0; v < READ_AHEAD; v++) {
@@ -103,7 +103,7 @@ template <class M, int NT, class Source, class Between, class Finish>
 MK_DEV void product(Ahead& ahead, const Fragment* weights, float* sums, Source source, Between between, Finish finish) {
     constexpr int BATCH = M::template batch<NT>(), BATCHES = ceil_div(M::items_a_block, BATCH);
     constexpr int LOADS = BATCH * M::chunk;
-    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    int tid = thread(), warp = tid / LANES, lane = tid % LANES;
     for (int batch = 0; batch < BATCHES; batch++) {
         float acc[BATCH][NT][4];
         MK_UNROLL
