@@ -14,12 +14,19 @@ class OllamaError(Exception):
 
 
 def address() -> str:
-    """Where Ollama is by OLLAMA_HOST, as its own programs read it: HOST, HOST:PORT or a URL. This machine if unset."""
+    """Where Ollama is by OLLAMA_HOST, as its own programs read it: HOST, HOST:PORT or a URL. This machine if unset.
+
+    Raises OllamaError for what is none.
+    """
     given = os.getenv("OLLAMA_HOST") or "localhost"
     port = {"http": 80, "https": 443}.get(given.split("://")[0], PORT)
-    there = urlsplit(given if "://" in given else f"http://{given}")
+    try:
+        there = urlsplit(given if "://" in given else f"http://{given}")
+        port = there.port or port
+    except ValueError as error:
+        raise OllamaError(f"OLLAMA_HOST should be HOST, HOST:PORT or a URL, but is {given}: {error}") from None
     host = {"0.0.0.0": "localhost", "::": "localhost"}.get(there.hostname or "", there.hostname or "localhost")
-    return f"{there.scheme}://{f'[{host}]' if ':' in host else host}:{there.port or port}/v1"
+    return f"{there.scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 def model(wanted: str | None) -> str:

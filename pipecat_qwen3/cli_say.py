@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import secrets
 import sys
 import unicodedata
@@ -64,7 +65,7 @@ def _check_apart(args: Namespace) -> None:
     if args.codes is not None:
         files["--codes"] = Path(args.codes)
     if args.text.startswith("@"):
-        files["TEXT"] = Path(args.text[1:]).expanduser()
+        files["TEXT"] = Path(os.path.expanduser(args.text[1:]))
     seen: dict[Path, str] = {}
     for option, path in files.items():
         other = seen.setdefault(path.resolve(), option)
@@ -78,7 +79,7 @@ def read_text(source: str) -> str:
         if source == "-":
             return speakable(b"" if sys.stdin is None else sys.stdin.buffer.read())
         if source.startswith("@"):
-            return speakable(Path(source[1:]).expanduser().read_bytes())
+            return speakable(Path(os.path.expanduser(source[1:])).read_bytes())
     except OSError as error:
         name = "standard input" if source == "-" else source[1:] or "a file without a name"
         raise BadRequestError(f"cannot read {name}: {error.strerror or error}") from None

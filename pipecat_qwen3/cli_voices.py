@@ -1,6 +1,7 @@
 """A model's name in; its voices and languages out, read from its JSON files alone."""
 
 import json
+import os
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,7 +42,7 @@ def check_names(model: str, voice: str | None, language: str | None) -> None:
 
     What a model on Hugging Face knows is told by the backend, after its download.
     """
-    if "/" in model and not Path(model).expanduser().is_dir():
+    if "/" in model and not os.path.isdir(os.path.expanduser(model)):
         return
     config = read_model_config(find_model(model))
     check_name("voice", voice, config.speakers, config)

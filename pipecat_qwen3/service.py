@@ -12,7 +12,7 @@ from loguru import logger
 from pipecat.processors.frame_processor import FrameProcessorSetup
 
 from pipecat_qwen3.backend import SAMPLE_RATE, Backend
-from pipecat_qwen3.exits import at_exit
+from pipecat_qwen3.exits import at_exit, forget
 from pipecat_qwen3.service_settings import Qwen3TTSSettings
 from pipecat_qwen3.service_speech import SpeechService
 
@@ -109,9 +109,9 @@ def _load_shared(model: str, device: str, dtype: str) -> Future[Backend]:
             loading.set_result(LocalBackend.shared(model, device=device, dtype=dtype))
         except Exception as error:
             loading.set_exception(error)
+        forget(end)  # from here on the engine itself knows when the program ends
 
     thread = Thread(target=load, name="pipecat-qwen3-load", daemon=True)
-    thread.start()
 
     def end() -> None:
         thread.join(_EXIT_WAIT_S)
@@ -119,4 +119,5 @@ def _load_shared(model: str, device: str, dtype: str) -> Future[Backend]:
             loading.result().close()
 
     at_exit(end)
+    thread.start()
     return loading

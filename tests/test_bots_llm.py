@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -106,6 +107,13 @@ def test_a_model_that_ollama_does_not_have_is_named_with_how_to_get_it(server: A
         ollama.model(None)
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
     with pytest.raises(ollama.OllamaError, match=r"no Ollama answers at http://127.0.0.1:1/v1: run ollama serve"):
+        ollama.model(None)
+
+
+@pytest.mark.parametrize("variable", ["localhost:abc", "http://[::1", "localhost:99999"])
+def test_what_is_no_address_of_ollama_is_said_to_be_none(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", variable)
+    with pytest.raises(ollama.OllamaError, match=f"should be HOST, HOST:PORT or a URL, but is {re.escape(variable)}: "):
         ollama.model(None)
 
 

@@ -467,6 +467,8 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> str:
         ("say ...", "nothing to speak"),
         ("say @{tmp}/none", "No such file"),
         ("say @{tmp}", "Is a directory"),
+        ("say @~nobody-of-this-name/text", "cannot read ~nobody-of-this-name/text: No such file"),
+        ("say Hi --model ~nobody-of-this-name/model", "~nobody-of-this-name/model"),
         ("say @{tmp}/latin1", "not UTF-8"),
         ("say Hello. -o {tmp}", "it is a folder"),
         ("say Hello. -o {tmp}/none/a.wav", "there is no folder"),
