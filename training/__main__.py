@@ -83,7 +83,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--utterances", type=int, default=400, help="of a shard")
     parser.add_argument("--sentences", type=int, help="held-out ones (default: all)")
     parser.add_argument("--jobs", type=int, default=cores, help="processes that synthesise")
-    parser.add_argument("--talker-steps", type=int, default=4_000 if gpu else 20_000)
+    parser.add_argument("--talker-steps", type=int, default=4_000 if gpu else 15_000)
     parser.add_argument("--codec-steps", type=int, default=10_000 if gpu else 15_000)
     parser.add_argument("--listener-steps", type=int, default=3000)
     parser.add_argument("--judge-steps", type=int, default=1500)
@@ -121,6 +121,7 @@ def run(o: argparse.Namespace) -> None:
     )
     both = ["--threads", o.threads, "--workers", o.workers, *([] if o.eager else ["--compile"])]
     talker = ["--run", runs[0], "--codebooks", books, "--steps", o.talker_steps, "--positions", o.positions, *both]
+    talker.append("--muon")
     codec = ["--run", runs[1], "--listener", ears, "--steps", o.codec_steps, "--crops", o.crops, *both]
     together(o.side_by_side, ("train_talker", blank, data, *talker), ("train_codec", blank, data, *codec))
     trained = ["--talker", runs[0] / "last.pt", "--codec", runs[1] / "last.pt"]

@@ -52,7 +52,8 @@ class Reinforcer(Trainer):
     def reinforce(self, recorded: Batch, said: Batch, advantages: Tensor) -> dict[str, float]:
         """One step on recordings and on what was said, whose labels have advantages [labels]."""
         options = self.options
-        recorded, said, advantages = (x.to(self.device) for x in (recorded, said, advantages))
+        recorded, said = recorded.to(self.device), said.to(self.device)
+        advantages = advantages.to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * rate(self.step, options.steps, options.warm, options.hold)
         losses = self.loss(recorded, noise=True, guided=False, share=options.predictor_share)
