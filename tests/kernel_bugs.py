@@ -104,7 +104,7 @@ ATTENDED_READ = "float4 x = *(const float4*)(a.attended + size_t(slot) * S::q + 
 WARP_SUM_WRITTEN = "if (lane == 0) w.sums[warp][g][0] = highest"
 WARP_SUM_READ = "w.sums[other][g]"
 INNER_WRITTEN = "a.inner[size_t(slot) * S::inter + tile * 8 + row] ="
-INNER_READ = "return *(const Quad*)(a.inner + size_t(slot) * S::inter + k);"
+INNER_READ = "Quad load_quad(const Quad* p, bool real) { return real ? *p"
 FED_WRITTEN = "to[k] = widen(from[k]);"
 
 
@@ -310,7 +310,7 @@ BUGS = [
         "a.heads + (p.code() - 1) * CODE_HEAD_SIZE, a.predictor_norms",
         "a.heads + p.code() * CODE_HEAD_SIZE, a.predictor_norms",
         BadMemoryAccess,
-        "Fragment load_weights(const Fragment* p) { return *p; }",
+        "Fragment load_weights(const Fragment* p, bool real) { return real ? *p",
         quick=True,
     ),
     bug(

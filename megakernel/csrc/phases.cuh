@@ -239,6 +239,7 @@ struct Layer {
         const Args& a = b.a;
         bool talker = p.part() == TALKER;
         plain_product<Out>(b, weights(a, p) + S::o_at, slots(p), [&](int slot, int k) {
+            if (slot >= slots(p) || !b.w.active(slot)) return Quad{};
             return narrow4(attended<S>(a, slot, talker ? pieces(b.w.columns[slot].start) : 1, k));
         });
     }
@@ -256,13 +257,13 @@ struct Layer {
 
     MK_DEV static void down(Block& b, Phase p) {
         const Args& a = b.a;
-        plain_product<Down>(b, weights(a, p) + S::down_at, slots(p), [&](int slot, int k) {
-            return *(const Quad*)(a.inner + size_t(slot) * S::inter + k);
+        plain_product<Down, true>(b, weights(a, p) + S::down_at, slots(p), [&](int slot, int k) {
+            return load_quad((const Quad*)(a.inner + size_t(slot) * S::inter + k), slot < slots(p) && b.w.active(slot));
         });
     }
 
     // o and down: activations straight from where they lie, the parts of the sums to `parts`.
-    template <class M, class Load>
+    template <class M, bool TOGETHER = false, class Load>
     MK_DEV static void plain_product(Block& b, const Fragment* weights, int slots, Load load) {
         constexpr int NT = DIRECT_TILES;
         int lane = thread() % LANES, g = lane / 4, t = lane % 4;
@@ -272,12 +273,9 @@ struct Layer {
                 __syncthreads();
                 read_ahead(b.ahead, shelf<M, NT>(weights));
             }
-            product<M, NT>(
+            product<M, NT, TOGETHER>(
                 b.ahead, weights, (float*)b.w.sums,
-                [&](int k_tile, int nt) {
-                    int slot = from + 8 * nt + g;
-                    return slot < slots && b.w.active(slot) ? load(slot, 16 * k_tile + 4 * t) : Quad{};
-                },
+                [&](int k_tile, int nt) { return load(from + 8 * nt + g, 16 * k_tile + 4 * t); },
                 [&] {
                     if (last) b.read_ahead_for_next();
                 },

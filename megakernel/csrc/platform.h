@@ -55,6 +55,8 @@ MK_DEV Quad narrow4(float4 x) { return Quad{{narrow(x.x), narrow(x.y), narrow(x.
 
 MK_DEV int thread() { return threadIdx.x; }
 MK_DEV Fragment load_weights(const Fragment* p) { return *p; }
+MK_DEV Fragment load_weights(const Fragment* p, bool real) { return real ? *p : Fragment{}; }
+MK_DEV Quad load_quad(const Quad* p, bool real) { return real ? *p : Quad{}; }
 #define MK_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 MK_DEV void mma(float (&d)[4], const Fragment& a, const Quad& b, MK_CALLER) {
 #ifdef MK_FLOAT
@@ -95,6 +97,32 @@ MK_DEV Fragment load_weights(const Fragment* p) {
                  : "=r"(x.v.x), "=r"(x.v.y), "=r"(x.v.z), "=r"(x.v.w)
                  : "l"(p));
     return x.f;
+}
+// The same, and activations, where they are real; else zeros. A predicate and no branch: behind a branch the compiler
+// waits for each load before it requests the next one.
+MK_DEV Fragment load_weights(const Fragment* p, bool real) {
+    union {
+        uint4 v;
+        Fragment f;
+    } x;
+    asm volatile(
+        "{.reg .pred real; setp.ne.u32 real, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+        "@real ld.global.nc.L1::no_allocate.v4.b32 {%0,%1,%2,%3}, [%4];}"
+        : "=&r"(x.v.x), "=&r"(x.v.y), "=&r"(x.v.z), "=&r"(x.v.w)
+        : "l"(p), "r"(u32(real)));
+    return x.f;
+}
+MK_DEV Quad load_quad(const Quad* p, bool real) {
+    union {
+        uint2 v;
+        Quad q;
+    } x;
+    asm volatile(
+        "{.reg .pred real; setp.ne.u32 real, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0;"
+        "@real ld.global.v2.b32 {%0,%1}, [%2];}"
+        : "=&r"(x.v.x), "=&r"(x.v.y)
+        : "l"(p), "r"(u32(real)));
+    return x.q;
 }
 // d += A B with A 16 x 16 (weights), B 16 x 8 (eight columns); fragment layout: PTX ISA, mma.m16n8k16.
 MK_DEV void mma(float (&d)[4], const Fragment& a, const Quad& b) {

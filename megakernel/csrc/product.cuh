@@ -64,6 +64,8 @@ MK_DEV Fragment fetch(const Fragment* weights, const Place<M>& at, int lane) {
     return load_weights(weights + (size_t(at.tile) * M::k_tiles + at.k_tile) * LANES + lane);
 }
 
+constexpr int PARTS = 4;  // that a tile is cut into at most
+
 // What must be known of a matrix to load the first fragments that product() will want.
 struct Shelf {
     const Fragment* weights;  // null: nothing to load
@@ -72,6 +74,7 @@ struct Shelf {
 
 template <class M, int NT>
 MK_DEV Shelf shelf(const Fragment* weights) {
+    static_assert(M::items <= PARTS * M::tiles, "a tile is cut into too many parts");
     return Shelf{weights, M::tiles, M::k_tiles, M::part, M::items, M::chunk, M::template batch<NT>() * M::chunk};
 }
 
@@ -79,27 +82,32 @@ MK_DEV Shelf shelf(const Fragment* weights) {
 MK_DEV void read_ahead(Ahead& ahead, const Shelf& s) {
     int tid = thread(), warp = tid / LANES, lane = tid % LANES;
     int item = blockIdx.x, step = 0, within = warp;
+    auto first = [&] {  // fragment of the item; no division, as there are at most PARTS
+        int tile = item, k_tile = warp;
+        MK_UNROLL
+        for (int i = 1; i < PARTS; i++)
+            if (tile >= s.tiles) tile -= s.tiles, k_tile += s.part;
+        return s.weights + (size_t(tile) * s.k_tiles + k_tile) * LANES + lane;
+    };
+    const Fragment* from = first();
     MK_UNROLL
     for (int v = 0; v < READ_AHEAD; v++) {
-        ahead.f[v] = Fragment{};  // always written, so that no register is held for what lay there
-        if (v < s.loads && item < s.items && within < s.part) {
-            int tile = item, k_tile = within;
-            for (; tile >= s.tiles; tile -= s.tiles) k_tile += s.part;
-            ahead.f[v] = load_weights(s.weights + (size_t(tile) * s.k_tiles + k_tile) * LANES + lane);
-        }
-        within += WARPS;
-        if (++step == s.chunk) step = 0, within = warp, item += BLOCKS;
+        // always written, so that no register is held for what lay there
+        ahead.f[v] = load_weights(from, v < s.loads && item < s.items && within < s.part);
+        within += WARPS, from += WARPS * LANES;
+        if (++step == s.chunk) step = 0, within = warp, item += BLOCKS, from = first();
     }
 }
 
 // All items of this block.
 //
 //   source(k_tile, nt) -> Quad    what column 8 nt + lane / 4 holds at k = 16 k_tile + 4 (lane % 4) + 0..3
+//   TOGETHER      the source's loads are requested together, also for what is not real, before their products
 //   finish(tile, part, row, column, low, high)    takes the sums of rows `row` and `row + 8` of the tile
 //   between()      runs after the last product, before its sums are added: the place to read ahead for the next phase
 //
 // The weights' k are permuted alike (megakernel/pack.py), which lets a lane load four neighbours.
-template <class M, int NT, class Source, class Between, class Finish>
+template <class M, int NT, bool TOGETHER = false, class Source, class Between, class Finish>
 MK_DEV void product(Ahead& ahead, const Fragment* weights, float* sums, Source source, Between between, Finish finish) {
     constexpr int BATCH = M::template batch<NT>(), BATCHES = ceil_div(M::items_a_block, BATCH);
     constexpr int LOADS = BATCH * M::chunk;
@@ -113,7 +121,14 @@ MK_DEV void product(Ahead& ahead, const Fragment* weights, float* sums, Source s
             MK_UNROLL
             for (int v = 0; v < LOADS; v++) {
                 Place<M> at(batch * BATCH, chunk, v, warp);
-                if (at.real) {
+                if (TOGETHER) {
+                    Quad b[NT];
+                    MK_UNROLL
+                    for (int nt = 0; nt < NT; nt++) b[nt] = source(at.real ? at.k_tile : 0, nt);
+                    MK_UNROLL
+                    for (int nt = 0; nt < NT; nt++)
+                        if (at.real) mma(acc[v / M::chunk][nt], ahead.f[v], b[nt]);
+                } else if (at.real) {
                     MK_UNROLL
                     for (int nt = 0; nt < NT; nt++) mma(acc[v / M::chunk][nt], ahead.f[v], source(at.k_tile, nt));
                 }
