@@ -255,13 +255,10 @@ class Engine:
 
     def _ready(self) -> list[Utterance]:
         """Voices that can speak a frame now; when columns are short, those least ahead of their playback."""
-        ready = []
-        for u in self._resident:
-            if u.is_prefilled and u.has_text and u.early_s < 0:
-                ready.append((u.delivery.ahead(len(u.codes)), len(ready), u))
+        ready = [u for u in self._resident if u.is_prefilled and u.has_text and u.early_s < 0]
         if len(ready) > self.step.columns:
-            ready = sorted(ready)[: self.step.columns]
-        return [u for _, _, u in ready]
+            ready.sort(key=lambda u: u.delivery.ahead(len(u.codes)))
+        return ready[: self.step.columns]
 
     def _advance(self, ready: list[Utterance]) -> None:
         """One frame for the ready voices; what was decoded before is handed out, what is due now is decoded."""

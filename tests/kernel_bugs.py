@@ -310,7 +310,7 @@ BUGS = [
         "a.heads + (p.code() - 1) * CODE_HEAD_SIZE, a.predictor_norms",
         "a.heads + p.code() * CODE_HEAD_SIZE, a.predictor_norms",
         BadMemoryAccess,
-        "Fragment load_weights(const Fragment* p, bool real) { return real ? *p",
+        "Fragment load_weights(const Fragment* p, bool real = true) { return real ? *p",
         quick=True,
     ),
     bug(

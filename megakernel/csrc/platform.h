@@ -54,8 +54,7 @@ MK_DEV Quad narrow4(float4 x) { return Quad{{narrow(x.x), narrow(x.y), narrow(x.
 #ifdef MK_CPU
 
 MK_DEV int thread() { return threadIdx.x; }
-MK_DEV Fragment load_weights(const Fragment* p) { return *p; }
-MK_DEV Fragment load_weights(const Fragment* p, bool real) { return real ? *p : Fragment{}; }
+MK_DEV Fragment load_weights(const Fragment* p, bool real = true) { return real ? *p : Fragment{}; }
 MK_DEV Quad load_quad(const Quad* p, bool real) { return real ? *p : Quad{}; }
 #define MK_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 MK_DEV void mma(float (&d)[4], const Fragment& a, const Quad& b, MK_CALLER) {
@@ -88,19 +87,9 @@ MK_DEV int thread() {
     return t;
 }
 // Weights are read once a frame: past L1, through the read-only path (the kernel never writes them).
-MK_DEV Fragment load_weights(const Fragment* p) {
-    union {
-        uint4 v;
-        Fragment f;
-    } x;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x.v.x), "=r"(x.v.y), "=r"(x.v.z), "=r"(x.v.w)
-                 : "l"(p));
-    return x.f;
-}
-// The same, and activations, where they are real; else zeros. A predicate and no branch: behind a branch the compiler
-// waits for each load before it requests the next one.
-MK_DEV Fragment load_weights(const Fragment* p, bool real) {
+// What is not real is zeros and is not read, by a predicate and no branch: behind a branch the compiler waits for each
+// load before it requests the next one.
+MK_DEV Fragment load_weights(const Fragment* p, bool real = true) {
     union {
         uint4 v;
         Fragment f;
