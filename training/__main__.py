@@ -101,19 +101,22 @@ def options() -> argparse.Namespace:
 def run(o: argparse.Namespace) -> None:
     """All steps in order; those that are done already cost seconds."""
     data, books, pieces, blank = o.work / "data", o.work / "codebooks.pt", o.work / "tokenizer", o.work / "blank"
+    spellings = o.work / "spellings.json"
     voice, ears, runs = o.work / "voice", o.work / "listener.pt", (o.work / "talker", o.work / "codec")
     taught, judge, reinforced = o.work / "taught", o.work / "judge.pt", o.work / "reinforced"
     sentences = ["--sentences", o.sentences] if o.sentences else []
     shards = ["--utterances", o.utterances, "--jobs", o.jobs, *sentences]
     o.work.mkdir(parents=True, exist_ok=True)
+    if not spellings.exists():
+        step("spelling", spellings)
     if not pieces.exists():
-        step("tokenizer", pieces)
+        step("tokenizer", pieces, "--spellings", spellings)
     if not books.exists():
         step("data", data, "--shards", f"0:{min(16, o.shards)}", *shards)
         step("codebooks", data, books)
     step("data", data, "--shards", f"0:{o.shards}", "--codebooks", books, *shards)
     if not blank.exists():
-        step("start", blank, "--codebooks", books, "--tokenizer", pieces)
+        step("start", blank, "--codebooks", books, "--tokenizer", pieces, "--spellings", spellings)
     together(
         o.side_by_side,
         ("listener", data, "--out", ears, "--steps", o.listener_steps, "--threads", o.threads),
@@ -121,7 +124,7 @@ def run(o: argparse.Namespace) -> None:
     )
     both = ["--threads", o.threads, "--workers", o.workers, *([] if o.eager else ["--compile"])]
     talker = ["--run", runs[0], "--codebooks", books, "--steps", o.talker_steps, "--positions", o.positions, *both]
-    talker.append("--muon")
+    talker += ["--muon", "--spellings", spellings]
     codec = ["--run", runs[1], "--listener", ears, "--steps", o.codec_steps, "--crops", o.crops, *both]
     together(o.side_by_side, ("train_talker", blank, data, *talker), ("train_codec", blank, data, *codec))
     trained = ["--talker", runs[0] / "last.pt", "--codec", runs[1] / "last.pt"]

@@ -53,11 +53,14 @@ def averaged(runs: Sequence[str], prefix: str) -> dict[str, Tensor]:
     return mean
 
 
-def write(base: Path, out: Path, fresh: dict[str, Tensor]) -> None:
-    """Write the base's model.safetensors with the fresh tensors in their places; refuses names that it lacks."""
+def write(base: Path, out: Path, fresh: dict[str, Tensor], resized: tuple[str, ...] = ()) -> None:
+    """Write the base's model.safetensors with the fresh tensors in their places.
+
+    Refuses names that it lacks, and other shapes but for names that begin as `resized` says.
+    """
     tensors = load_file(base / "model.safetensors")
     for name, x in fresh.items():
-        if name not in tensors or tensors[name].shape != x.shape:
+        if name not in tensors or (tensors[name].shape != x.shape and not name.startswith(resized)):
             raise SystemExit(
                 f"{base / 'model.safetensors'} has no {name} of shape {tuple(x.shape)}; was another base trained?"
             )

@@ -43,6 +43,17 @@ def load(path: Path, holds: Iterable[str], maker: str, **options: Any) -> dict[s
     return found
 
 
+def load_json(path: Path, maker: str) -> dict[str, Any]:
+    """The object of a JSON file that a program of the recipe wrote; exits with one line if it is of another kind."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} is no file of training.{maker}: it cannot be read ({type(error).__name__})") from None
+    if not isinstance(found, dict):
+        raise SystemExit(f"{path} is no file of training.{maker}: it holds no object")
+    return found
+
+
 def shards(folders: Sequence[Path]) -> list[Path]:
     """Numbered shards of all folders; exits with one line if there are none."""
     found = [path for folder in folders for path in sorted(folder.glob("[0-9]*.pt"))]

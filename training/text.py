@@ -18,8 +18,9 @@ HERE = Path(__file__).parent
 WORDNET = Path(os.environ.get("WNSEARCHDIR", "/usr/share/wordnet"))
 """WordNet's files; the variable is the one that WordNet's own programs read."""
 
-FREE_WORDS, PROSE_WORDS, KNOWN_WORDS = 120_000, 20_000, 12_000
-"""Ranks by frequency: words of free sequences, of dictionary prose, and those that an unseen word must not be among."""
+FREE_WORDS, PROSE_WORDS, KNOWN_WORDS, LEXICON_WORDS = 120_000, 20_000, 12_000, 80_000
+"""Ranks by frequency: words of free sequences, of dictionary prose, those that an unseen word must not be among, and
+those whose pronunciation is looked up."""
 
 MIX = {"template": 0.12, "digits": 0.25, "example": 0.05, "definition": 0.04, "free": 0.48, "pair": 0.06}
 FUNCTION_WORDS = (
@@ -63,15 +64,18 @@ def unseen_words() -> frozenset[str]:
     return frozenset(words - known)
 
 
-def _speakable(word: str) -> bool:
-    """Whether a word may stand in training text: letters that can be pronounced, decent, not held out."""
+def _pronounceable(word: str) -> bool:
+    """Whether a word has letters that can be pronounced."""
     return (
         re.fullmatch(r"[a-z]+(?:'[a-z]+)?", word) is not None
         and re.search(r"[aeiouy]", word) is not None
         and (len(word) > 2 or word in SHORT_WORDS)
-        and not LEFT_OUT.search(word)
-        and word not in unseen_words()
     )
+
+
+def _speakable(word: str) -> bool:
+    """Whether a word may stand in training text: decent, and not held out."""
+    return _pronounceable(word) and not LEFT_OUT.search(word) and word not in unseen_words()
 
 
 @cache
@@ -81,15 +85,34 @@ def common_words(count: int) -> tuple[str, ...]:
 
 
 @cache
-def dictionary_words() -> tuple[str, ...]:
-    """All single words of WordNet but names, common or not: the web's frequent words are half names."""
+def _lemmas() -> frozenset[str]:
+    """The single words of WordNet but names that can be pronounced: the web's frequent words are half names."""
     lemmas: set[str] = set()
     for part in ("noun", "verb", "adj", "adv"):
         for line in (WORDNET / f"data.{part}").read_text(errors="ignore").splitlines():
             if not line.startswith("  "):
                 fields = line.split()
                 lemmas.update(fields[4 : 4 + 2 * int(fields[3], 16) : 2])
-    return tuple(sorted(filter(_speakable, lemmas)))
+    return frozenset(filter(_pronounceable, lemmas))
+
+
+@cache
+def dictionary_words() -> tuple[str, ...]:
+    """Words of WordNet that may stand in training text, common or not."""
+    return tuple(sorted(filter(_speakable, _lemmas())))
+
+
+@cache
+def lexicon() -> dict[str, float]:
+    """Words whose pronunciation is looked up, with how common each is on Zipf's scale (log10 of occurrences in 10^9).
+
+    Common words and WordNet's, also those that are held out or not decent: no speech is made of them here, and a voice
+    must be able to say them.
+    """
+    from wordfreq import zipf_frequency  # type: ignore[import-not-found] # late, as above
+
+    common = filter(_pronounceable, _by_frequency(LEXICON_WORDS))
+    return {word: zipf_frequency(word, "en") for word in sorted({*common, *_lemmas()})}
 
 
 @cache
@@ -259,11 +282,12 @@ WITH_DIGITS = [slot for slot in SLOTS if slot not in {"letters", "title", "stree
 
 
 def _capital(word: str) -> str:
-    return word.capitalize() if word in _capitalised() else word
+    return word.capitalize() if word in capitalised() else word
 
 
 @cache
-def _capitalised() -> frozenset[str]:
+def capitalised() -> frozenset[str]:
+    """Words that are written with a capital within a sentence, too, in lower case."""
     lists = _templates()[1]
     names = {w.lower() for slot in ("first", "place") for name in _names()[slot] for w in name.split()}
     return frozenset(

@@ -20,15 +20,23 @@ from torch.utils.data import DataLoader
 
 from pipecat_qwen3.checkpoint import Checkpoint
 from training.codebooks import Codebooks
+from training.composed import compose, composed
 from training.data import HELD_OUT
+from training.lexicon import Vocabulary
+from training.merges import forms
 from training.optimizers import optimizer
+from training.respelling import Respelling
 from training.rows import Batch, Choice, Utterance, collate, plan, read_utterances, recut
+from training.spelling import read_spellings
 from training.steps import INTERRUPTED, Stop, load, rate, shards, there
 from training.talker_loss import AuxiliaryHeads, TalkerLoss, total
 from training.text import held_out
 
 AVERAGE = 0.9985
 """Decay a step of the averaged weights, which are what is exported."""
+
+RESPELT = 400
+"""Words are respelt anew after so many steps, which takes the processor 20 seconds for 80,000 utterances."""
 
 EXAMINED = 500
 """So many steps lie between two looks at the held-out recordings, and at whether there are new shards."""
@@ -46,6 +54,15 @@ class Trainer:
         if options.init:
             begun = load(options.init, ("average", "talker"), "train_talker", map_location=self.device)
             self.talker.load_state_dict(begun["average"])
+        self.respelling: Respelling | None = None
+        self.taught: list[Utterance] = []
+        self.respelt, self.made_of = -RESPELT, ""
+        if options.spellings:
+            spellings = read_spellings(options.spellings)
+            vocabulary = Vocabulary(self.tokenizer, self.config.text_vocab, forms(spellings))
+            compose(self.talker, vocabulary.features)
+            self.respelling = Respelling(self.tokenizer, vocabulary, spellings)
+            self.made_of = vocabulary.features.digest()
         books = Codebooks.load(options.codebooks).books.to(self.device)
         self.heads = AuxiliaryHeads(self.config.shape.talker.hidden, books.shape[-1]).to(self.device)
         self.loss = TalkerLoss(self.talker, self.heads, books, options.compile)
@@ -54,21 +71,34 @@ class Trainer:
         self.step, self.seconds, self.positions = 0, 0.0, 0
         self.path = options.run / "last.pt"
         if self.path.exists():
-            self._resume(load(self.path, ("talker", "heads"), "train_talker", map_location=self.device))
+            self._resume(load(self.path, ("talker", "heads", "average"), "train_talker", map_location=self.device))
 
     def _resume(self, saved: dict[str, Any]) -> None:
+        if saved.get("made_of", "") != self.made_of:
+            raise SystemExit("--spellings was not the same when this run began; give it as then, or another --run")
         self.talker.load_state_dict(saved["talker"])
         self.heads.load_state_dict(saved["heads"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.average = saved["average"]
+        self.average = saved.get("averaged", saved["average"])
         self.step, self.seconds, self.positions = saved["step"], saved["seconds"], saved["positions"]
         print(f"resumed at step {self.step}", flush=True)
+
+    def recut(self, utterances: list[Utterance], rng: random.Random) -> list[Utterance]:
+        """The utterances as they are taught in the next pass."""
+        if not self.respelling:
+            return recut(utterances, self.tokenizer, rng)
+        if self.step - self.respelt >= RESPELT or len(self.taught) != len(utterances):
+            self.taught, features = self.respelling.recut(recut(utterances, self.tokenizer, rng), rng)
+            compose(self.talker, features)
+            self.respelt = self.step
+        return self.taught
 
     def save(self) -> None:
         """Write everything that `_resume` needs."""
         parts = {"talker": self.talker, "heads": self.heads, "optimizer": self.optimizer}
         state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"average": self.average, "step": self.step, "seconds": self.seconds, "positions": self.positions}
+        state |= {"average": composed(self.talker, self.average), "averaged": self.average, "made_of": self.made_of}
+        state |= {"step": self.step, "seconds": self.seconds, "positions": self.positions}
         torch.save(state, self.path.with_suffix(".part"))
         self.path.with_suffix(".part").rename(self.path)
 
@@ -133,7 +163,7 @@ def shared_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("data", type=there, nargs="+")
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--codebooks", type=there, required=True)
-    parser.add_argument("--init", type=there, help="a trainer's last.pt whose weights are the beginning")
+    parser.add_argument("--init", type=there, help="a trainer's last.pt whose exported weights are the beginning")
     parser.add_argument("--predictor-share", type=float, default=0.25)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -151,6 +181,7 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=200)
     parser.add_argument("--hold", type=float, default=0.35)
     parser.add_argument("--positions", type=int, default=2000, help="of a batch; 60000 suits a GPU")
+    parser.add_argument("--spellings", type=there, help="text embeddings stay composed of what their tokens sound like")
     parser.add_argument("--guided", type=float, default=0.8)
     parser.add_argument("--guided-until", type=float, default=0.45)
     parser.add_argument("--workers", type=int, default=0, help="processes that build batches; 4 suits a GPU")
@@ -172,7 +203,7 @@ def main() -> None:
             known = found
             print(f"{len(utterances)} utterances, {sum(len(u.codes) for u in utterances)} frames", flush=True)
         loader = DataLoader(
-            plan(recut(utterances, trainer.tokenizer, rng), options.positions, rng),  # type: ignore[arg-type]
+            plan(trainer.recut(utterances, rng), options.positions, rng),  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=partial(collate, trainer.config),
             num_workers=options.workers,
