@@ -1,5 +1,6 @@
 """How a written word comes to be read: letters and their phones, the tokens that tell most, what they are made of."""
 
+import argparse
 import copy
 import json
 import random
@@ -9,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from pipecat_qwen3.checkpoint import Checkpoint
+from pipecat_qwen3.checkpoint import Checkpoint, find
 from training import spelling, tokenizer
 from training.composed import Composed, compose, composed
 from training.export import weights as exported
@@ -18,6 +19,9 @@ from training.merges import Form, Merger, forms, merges
 from training.respelling import Respelling
 from training.rows import Utterance, tokens_and_words
 from training.spelling import Letters, Spelling, Spellings, spell
+from training.train_talker import RESPELT, Trainer
+
+ROOT = Path(__file__).parent.parent
 
 SOUNDS = {"a": "ae1", "o": "ow1", "b": "b", "d": "d", "k": "k", "m": "m", "x": "k s", "h": ""}
 """How a language is said whose every letter has one sound, two or none."""
@@ -198,6 +202,40 @@ def test_a_composed_embedding_begins_as_its_table_and_teaches_what_is_shared(
     assert text.directions.grad[vocabulary.numbers["front", 1, "iy"]].any()
     torch.save({"average": composed(talker, talker.state_dict())}, tmp_path / "last.pt")
     assert exported(tmp_path / "last.pt", "").keys() == checkpoint.load_talker(torch.float32).state_dict().keys()
+
+
+def test_a_run_goes_on_with_the_spellings_that_it_began_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(words: Spellings) -> Path:
+        path = tmp_path / f"{len(words)}.json"
+        spelt = {w: ["|".join(" ".join(p) for p in s.letters), s.zipf, s.name] for w, s in words.items()}
+        path.write_text(json.dumps(spelt))
+        return path
+
+    def begin(spellings: Path | None) -> Trainer:
+        options = {"base": find("embedded"), "run": tmp_path, "init": None, "spellings": spellings, "muon": True}
+        options |= {"codebooks": ROOT / "training" / "embedded_codebooks.pt", "lr": 1e-3, "device": "cpu"}
+        return Trainer(argparse.Namespace(**options, seed=0, compile=False))
+
+    trainer = begin(write(SPELLINGS))
+    reader = trainer.tokenizer
+    [(ids, words)] = tokens_and_words(reader, [TEXT])
+    said = Utterance(TEXT, ids, words, torch.zeros(3, 8), torch.zeros(3, 4), torch.zeros(3), 0)
+    taught = trainer.recut([said] * 20, random.Random(0))
+    assert trainer.recut([said] * 20, random.Random(1)) is taught  # it takes a while, so not in every short pass
+    trainer.step = RESPELT
+    assert trainer.recut([said] * 20, random.Random(1)) is not taught
+    trainer.average["model.text_embedding.directions"] += 1
+    trainer.save()
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["average"].keys() == Checkpoint.open("embedded").load_talker(torch.float32).state_dict().keys()
+    resumed = begin(write(SPELLINGS))
+    assert f"resumed at step {RESPELT}" in capsys.readouterr().out
+    assert all(torch.equal(x, resumed.average[name]) for name, x in trainer.average.items())
+    for other in (write({"kettle": SPELLINGS["kettle"]}), None):
+        with pytest.raises(SystemExit, match="--spellings was not the same when this run began"):
+            begin(other)
 
 
 def test_words_are_respelt_with_their_own_sounds(checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
