@@ -103,7 +103,6 @@ def main() -> None:
     parser.add_argument("--hold", type=float, default=0.6)
     parser.add_argument("--positions", type=int, default=600, help="of a batch of recordings")
     parser.add_argument("--said", type=int, default=1600, help="positions of a batch of what was said")
-    parser.set_defaults(spellings=None)
     options = shared_options(parser).parse_args()
     torch.set_num_threads(options.threads)
     options.run.mkdir(parents=True, exist_ok=True)

@@ -170,6 +170,7 @@ def shared_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--muon", action="store_true", help="for the layers' matrices instead of AdamW")
     parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(spellings=None)  # `train_talker` alone composes text embeddings
     return parser
 
 
