@@ -56,7 +56,9 @@ class Respelling:
                 text += self.texts[utterance.ids[end]]
                 end += 1
             spelling, part = self.spellings.get(text.strip().lower()), utterance.ids[begin:end]
-            contracted = end < len(words) and words[end] == words[begin] and self.texts[utterance.ids[end]][0] == "'"
+            contracted = (
+                end < len(words) and words[end] == words[begin] and self.texts[utterance.ids[end]].startswith("'")
+            )
             share = SHARE_WHOLE if len(part) == 1 else SHARE_CUT
             if spelling and not contracted and len(spelling.letters) >= SHORTEST and rng.random() < share:
                 part = self._cut(text, spelling.letters, rng)
