@@ -126,7 +126,7 @@ def open_model(options: argparse.Namespace) -> tuple[LocalBackend, dict[str, Any
 def loop(options: argparse.Namespace, path: Path, asr: str, hear: HearAll) -> None:
     """Speak or read, hear, write the JSON after every condition, print a table."""
     sentences, backend, extra = read_sentences(options.sentences), None, {}
-    key: dict[str, Any] = {"asr": asr, "sentences": len(sentences)}
+    key: dict[str, Any] = {"asr": asr, "sentences": len(sentences), "takes": options.takes}
     if folder := options.recordings:
         conditions = [Condition(voice, "recorded", "codec") for voice in options.voices or STRETCH]
         key |= {"recordings": str(folder)}
@@ -140,12 +140,13 @@ def loop(options: argparse.Namespace, path: Path, asr: str, hear: HearAll) -> No
         if str(how) in {s.condition for s in spoken}:
             continue
         began = time.monotonic()
+        texts = sentences * options.takes if how.sampling == "own" else sentences
         if backend is None:
-            utterances = list(recorded(folder, sentences, how.voice))
+            utterances = list(recorded(folder, texts, how.voice))
         else:
-            utterances = [audio_of(stream) for stream in speak(backend, [s.text for s in sentences], how)]
+            utterances = [audio_of(stream) for stream in speak(backend, [s.text for s in texts], how)]
         said = time.monotonic()
-        spoken += listen(sentences, utterances, hear, how, heard_of_flite(sentences, how.voice, hear, asr))
+        spoken += listen(texts, utterances, hear, how, heard_of_flite(sentences, how.voice, hear, asr))
         print(f"{how}: spoken in {said - began:.0f} s, heard in {time.monotonic() - said:.0f} s", flush=True)
         write(path, key, extra | {"figures": tables(spoken), "utterances": [s._asdict() for s in spoken]})
     if backend is not None:
@@ -225,6 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--sampling", nargs="+", choices=("greedy", "own"), default=["greedy"], help="own: as the checkpoint says"
     )
     parser.add_argument("--sentences", type=int, help="how many, spread over all groups (default: all)")
+    parser.add_argument(
+        "--takes", type=int, default=1, help="how often each sentence is sampled, each time with another seed"
+    )
     parser.add_argument("--asr", choices=("sphinx", "whisper"), default="sphinx")
     parser.add_argument("--whisper", default="small.en", help="faster-whisper's model: a name or a folder")
     parser.add_argument("--jobs", type=int, default=1, help="processes that run pocketsphinx")

@@ -48,7 +48,7 @@ def drawn(sums: np.ndarray) -> np.ndarray:
     return picks @ sums
 
 
-def error_rate(errors: Sequence[int], words: Sequence[int]) -> tuple[float, float]:
+def error_rate(errors: Sequence[float], words: Sequence[float]) -> tuple[float, float]:
     """Word error rate and the half width of its 95 % interval."""
     sums = np.array([errors, words], float).T
     totals = drawn(sums)
@@ -57,11 +57,15 @@ def error_rate(errors: Sequence[int], words: Sequence[int]) -> tuple[float, floa
 
 
 def summary(spoken: Sequence[Spoken]) -> dict[str, Any]:
-    """The figures of some utterances."""
-    rate, interval = error_rate([s.errors for s in spoken], [s.words for s in spoken])
+    """The figures of some utterances; a sentence that was spoken several times is drawn with all its takes."""
+    sentences: dict[str, np.ndarray] = {}
+    for s in spoken:
+        sentences.setdefault(s.sentence, np.zeros(2))
+        sentences[s.sentence] += s.errors, s.words
+    rate, interval = error_rate(*zip(*sentences.values(), strict=True))
     flite = [(s.flite_errors, s.words) for s in spoken if s.flite_errors is not None]
     return {
-        "sentences": len(spoken),
+        "sentences": len(sentences),
         "words": sum(s.words for s in spoken),
         "wer": round(rate, 4),
         "wer_interval": round(interval, 4),
@@ -97,23 +101,31 @@ def compare(ours: Iterable[Spoken], theirs: Iterable[Spoken]) -> dict[str, dict[
     """Word error rates of two runs over the utterances that both have, and their paired difference (theirs - ours).
 
     By condition, by group over all conditions, and of everything. A sentence counts once: what it was spoken as in
-    several voices and layouts is drawn together.
+    several voices and layouts is drawn together. Of several takes in one condition the mean counts.
     """
-    first = {(s.sentence, s.condition): s for s in ours}
-    pairs = [(first[s.sentence, s.condition], s) for s in theirs if (s.sentence, s.condition) in first]
-    parts: dict[str, list[tuple[Spoken, Spoken]]] = {}
-    for a, b in pairs:
-        for name in (a.condition, f"all {a.group}", "all"):
-            parts.setdefault(name, []).append((a, b))
+    first, second = takes(ours), takes(theirs)
+    parts: dict[str, list[tuple[Spoken, float, float]]] = {}
+    for key, (s, errors) in second.items():
+        if key in first:
+            for name in (s.condition, f"all {s.group}", "all"):
+                parts.setdefault(name, []).append((s, first[key][1], errors))
     return {name: difference(parts[name]) for name in sorted(parts, key=lambda n: (n.startswith("all"), n == "all"))}
 
 
-def difference(pairs: Sequence[tuple[Spoken, Spoken]]) -> dict[str, Any]:
-    """Two word error rates and the second less the first with its 95 % interval."""
+def takes(spoken: Iterable[Spoken]) -> dict[tuple[str, str], tuple[Spoken, float]]:
+    """By sentence and condition: one of its utterances, and the mean of their errors."""
+    found: dict[tuple[str, str], list[Spoken]] = {}
+    for s in spoken:
+        found.setdefault((s.sentence, s.condition), []).append(s)
+    return {key: (rows[0], sum(s.errors for s in rows) / len(rows)) for key, rows in found.items()}
+
+
+def difference(pairs: Sequence[tuple[Spoken, float, float]]) -> dict[str, Any]:
+    """Two word error rates and the second less the first with its 95 % interval, of utterances and their two errors."""
     sentences: dict[str, np.ndarray] = {}
-    for a, b in pairs:
-        sentences.setdefault(a.sentence, np.zeros(3))
-        sentences[a.sentence] += a.errors, b.errors, a.words
+    for s, first, second in pairs:
+        sentences.setdefault(s.sentence, np.zeros(3))
+        sentences[s.sentence] += first, second, s.words
     sums = np.array(list(sentences.values()))
     totals, whole = drawn(sums), sums.sum(0)
     low, high = np.percentile((totals[:, 1] - totals[:, 0]) / totals[:, 2], (2.5, 97.5))

@@ -72,6 +72,16 @@ def test_two_runs_are_compared_by_sentence_whatever_the_sentences_themselves_dif
     assert low < 0 < high
 
 
+def test_takes_of_a_sentence_are_drawn_together_and_compared_by_their_mean() -> None:
+    hard = np.random.default_rng(0).integers(0, 8, 100)
+    once = [spoken(str(i), int(e)) for i, e in enumerate(hard)]
+    assert summary(once * 4) == summary(once) | {"words": 4000}
+    later = [spoken(str(i), int(e) + more) for more in (0, 2) for i, e in enumerate(hard)]
+    assert summary(later)["sentences"] == 100
+    found = compare(once, later)["all"]
+    assert (found["utterances"], found["difference"], found["interval"]) == (100, 0.1, [0.1, 0.1])
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
     """asr_loop.main on the embedded voice with a recogniser that hears "hello" alone, and no flite."""
@@ -99,6 +109,25 @@ def test_a_run_goes_on_where_it_was_stopped(
     assert set(both["figures"]) >= {"rms whole greedy", "rms streaming greedy"}
     assert all(u["end"] == "eos" and u["errors"] for u in both["utterances"])
     assert "going on with" in capsys.readouterr().out
+
+
+def test_takes_are_sampled_with_other_seeds_and_greedy_speech_has_one(
+    run: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: dict[str, list[np.ndarray]] = {}
+    listen = asr_loop.listen
+
+    def kept(texts, utterances, hear, how, teacher):
+        said[str(how)] = [audio for audio, _ in utterances]
+        return listen(texts, utterances, hear, how, teacher)
+
+    monkeypatch.setattr(asr_loop, "listen", kept)
+    found = run("--layouts", "whole", "--sampling", "own", "greedy", "--takes", "2")
+    assert len(said["rms whole greedy"]) == 3
+    first, second = said["rms whole own"][:3], said["rms whole own"][3:]
+    assert len(second) == 3
+    assert not any(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert len(found["utterances"]) == 9
 
 
 def test_several_processes_hear_what_one_hears(embedded: LocalBackend) -> None:

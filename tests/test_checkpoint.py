@@ -486,7 +486,7 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(copy):
         replace(folder / name, (embedded / name).read_bytes())
     line = refused(folder)
     assert line.startswith(
-        f"the tokenizer's files in {folder} make [5057, 350, 5058] of <|im_start|>assistant<|im_end|>,"
+        f"the tokenizer's files in {folder} make [19057, 350, 19058] of <|im_start|>assistant<|im_end|>,"
     )
     assert line.endswith("; take both from one checkpoint")
 
