@@ -227,7 +227,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--sentences", type=int, help="how many, spread over all groups (default: all)")
     parser.add_argument(
-        "--takes", type=int, default=1, help="how often each sentence is sampled, each time with another seed"
+        "--takes",
+        type=int,
+        default=1,
+        help="how often each sentence is spoken with --sampling own, each time another seed",
     )
     parser.add_argument("--asr", choices=("sphinx", "whisper"), default="sphinx")
     parser.add_argument("--whisper", default="small.en", help="faster-whisper's model: a name or a folder")
@@ -240,6 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="where to write (default: bench/results/asr_loop_MODEL.json)")
     options = parser.parse_args(arguments)
+    if options.takes < 1:
+        parser.error(f"argument --takes: a number from 1 on, not {options.takes}")
+    if options.takes > 1 and (options.recordings or options.runaways or "own" not in options.sampling):
+        parser.error("argument --takes: greedy speech and recordings are the same every time; add --sampling own")
     torch.set_num_threads(1)
     if options.compare:
         print_comparison(options.compare)

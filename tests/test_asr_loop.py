@@ -130,6 +130,21 @@ def test_takes_are_sampled_with_other_seeds_and_greedy_speech_has_one(
     assert len(found["utterances"]) == 9
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--sampling", "own", "--takes", "0"], "a number from 1 on, not 0"),
+        (["--takes", "2"], "greedy speech and recordings are the same every time; add --sampling own"),
+    ],
+)
+def test_takes_that_make_no_sense_are_refused_in_one_line(
+    run: Callable[..., dict], capsys: pytest.CaptureFixture[str], arguments: list[str], line: str
+) -> None:
+    with pytest.raises(SystemExit):
+        run(*arguments)
+    assert capsys.readouterr().err.endswith(f"argument --takes: {line}\n")
+
+
 def test_several_processes_hear_what_one_hears(embedded: LocalBackend) -> None:
     audio = [audio_of(s)[0] for s in speak(embedded, ["Hello there.", "Goodbye."], Condition("rms", "whole", "greedy"))]
     with recognise.sphinxes(1) as one, recognise.sphinxes(2) as two:
