@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--takes",
         type=int,
         default=1,
-        help="how often each sentence is spoken with --sampling own, each time another seed",
+        help="how often a sentence is said with --sampling own, each time another seed",
     )
     parser.add_argument("--asr", choices=("sphinx", "whisper"), default="sphinx")
     parser.add_argument("--whisper", default="small.en", help="faster-whisper's model: a name or a folder")
