@@ -43,6 +43,7 @@ from bench.speak import (
 )
 from bench.word_errors import Spoken, compare, tables
 from pipecat_qwen3.backend import Result
+from pipecat_qwen3.errors import program
 from pipecat_qwen3.files import weight_files
 from pipecat_qwen3.local import LocalBackend
 
@@ -262,4 +263,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -38,6 +38,7 @@ from bench.served import serving, socket_url
 from bench.ways import pipeline
 from pipecat_qwen3.backend import Backend, Request, Stream
 from pipecat_qwen3.device import pick_device, pick_dtype
+from pipecat_qwen3.errors import program
 from pipecat_qwen3.local import LocalBackend
 from pipecat_qwen3.remote import RemoteBackend
 from pipecat_qwen3.service import Qwen3TTSService
@@ -259,4 +260,4 @@ def _note_streams(backend: Backend, streams: list[Stream]) -> Callable[[], None]
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

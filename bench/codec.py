@@ -31,6 +31,7 @@ from pipecat_qwen3.codec_state import CodecState
 from pipecat_qwen3.codec_stream import Product
 from pipecat_qwen3.codec_torch import TorchPass
 from pipecat_qwen3.device import pick_device
+from pipecat_qwen3.errors import program
 
 CONTEXT = 25
 """Frames before a chunk that decoders without state decode again, as the official chunked decode."""
@@ -245,4 +246,4 @@ def _table(rows: list[dict[str, Any]], kind: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -27,7 +27,7 @@ from bench.record import Record, engine_options, label
 from bench.served import serving, socket_url
 from bench.ways import ByBackend, ByHttp, ByPipeline, Way, pipeline
 from pipecat_qwen3.device import pick_device, pick_dtype
-from pipecat_qwen3.errors import TTSError
+from pipecat_qwen3.errors import TTSError, program
 from pipecat_qwen3.local import LocalBackend
 from pipecat_qwen3.remote import RemoteBackend
 from pipecat_qwen3.service import Qwen3TTSService
@@ -164,4 +164,4 @@ async def _piped(name: str, local: LocalBackend | None, url: str | None, skip: b
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -25,7 +25,7 @@ import torch
 
 from bench.machine import RESULTS, facts
 from pipecat_qwen3.backend import SAMPLE_RATE, Request
-from pipecat_qwen3.errors import TTSError
+from pipecat_qwen3.errors import TTSError, program
 from pipecat_qwen3.remote import RemoteBackend
 
 TEXTS = (
@@ -227,7 +227,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        asyncio.run(main())
-    except TTSError as error:
-        raise SystemExit(str(error)) from None
+    program(lambda: asyncio.run(main()))

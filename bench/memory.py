@@ -24,6 +24,7 @@ from megakernel.choose import BACKENDS
 from pipecat_qwen3.backend import Request
 from pipecat_qwen3.checkpoint import Checkpoint
 from pipecat_qwen3.device import pick_device, pick_dtype
+from pipecat_qwen3.errors import program
 from pipecat_qwen3.local import LocalBackend
 
 TEXT = "The weather will be cold and dry tomorrow, and you will want a warm coat and a hat."
@@ -175,4 +176,4 @@ def table(parts: dict[str, float], row: dict[str, float], held: dict[str, dict[s
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

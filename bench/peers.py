@@ -29,6 +29,7 @@ from bench.floor import Ceiling, works
 from bench.geometry import build
 from bench.record import Record, label, options
 from pipecat_qwen3.device import pick_device, pick_dtype
+from pipecat_qwen3.errors import program
 
 ROOT = Path(__file__).parent.parent
 VENVS = ROOT / "build" / "peers"
@@ -282,4 +283,4 @@ def _answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -29,6 +29,7 @@ from pipecat_qwen3.backend import SAMPLE_RATE, Request
 from pipecat_qwen3.codec import CodecState
 from pipecat_qwen3.delivery import SILENCE, WINDOW
 from pipecat_qwen3.device import pick_device, pick_dtype
+from pipecat_qwen3.errors import program
 from pipecat_qwen3.local import LocalBackend
 
 SENTENCE = "Hello there. How can I help you today?"
@@ -253,4 +254,4 @@ def _speech_text(runs: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -22,6 +22,7 @@ from bench.watch import Watch
 from megakernel.choose import BACKENDS, choose, make_step
 from megakernel.frame_step import FrameStep
 from pipecat_qwen3.device import pick_device, pick_dtype
+from pipecat_qwen3.errors import program
 
 WARM = 5
 """Frames that do not count."""
@@ -125,4 +126,4 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -11,6 +11,10 @@ TTSError                    anything this package reports; `code` is stable and 
 └── EngineError             the engine failed or was closed while a voice was speaking
 """
 
+import signal
+import sys
+from collections.abc import Callable
+
 
 class TTSError(Exception):
     """Anything this package reports. `code` is stable; the message is one line for a person."""
@@ -83,3 +87,13 @@ def choices(names: object, limit: int = 12) -> str:
     listed = [str(n) for n in names]  # type: ignore[attr-defined]
     more = f", … ({len(listed)} in all)" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more if listed else "none"
+
+
+def program(main: Callable[[], object]) -> None:
+    """Run a program's `main`: a TTSError is one line for a person and exit status 1, Ctrl-C is quiet and status 130."""
+    try:
+        main()
+    except TTSError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

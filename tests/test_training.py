@@ -25,6 +25,7 @@ from pipecat_qwen3.talker import Talker
 from pipecat_qwen3.text import encode
 from training import codec_loss, needs, steps, tokenizer
 from training.codebooks import Codebooks, fit, left
+from training.evaluate_talker import by_layout, held_out_groups
 from training.export import averaged, sharpened
 from training.optimizers import optimizer
 from training.rows import DROPOUT_SHARE, Choice, Utterance, collate, plan, read_utterances, recut, tokens_and_words
@@ -32,7 +33,6 @@ from training.spelling import Spelling
 from training.start import start, start_codec
 from training.talker_loss import AuxiliaryHeads, TalkerLoss
 from training.text import held_out
-from training.train_talker import held_out_groups
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,6 +107,17 @@ def test_every_token_belongs_to_its_word(checkpoint: Checkpoint) -> None:
     for token, word in zip(ids, words, strict=True):
         pieces[word] += str(tokenizer.decode([token]))
     assert [p.strip() for p in pieces] == TEXT.split()
+
+
+@pytest.mark.parametrize("layout", ["whole", "streaming"])
+def test_a_shards_figure_is_the_mean_of_all_its_labels(checkpoint: Checkpoint, talker: Talker, layout: Layout) -> None:
+    loss = loss_of(talker)
+    said = [utterance(checkpoint, frames) for frames in range(1, 33)]
+    alone = [(len(u.codes) + 1) * by_layout(loss, "x", [u])[f"x {layout}"] for u in said]
+    with torch.no_grad():
+        wanted = loss(collate(checkpoint.config, [Choice(said[-1], layout, False)]), False, False, 0.0)["code0"]
+    assert alone[-1] == pytest.approx(33 * wanted.item(), rel=1e-5)
+    assert by_layout(loss, "x", said)[f"x {layout}"] == pytest.approx(sum(alone) / sum(range(2, 34)), rel=1e-5)
 
 
 def test_what_is_held_out_is_cut_as_the_engine_cuts_it(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import soxr
 import torch
 
 from pipecat_qwen3.checkpoint import Checkpoint
+from pipecat_qwen3.errors import program
 from training.codec_loss import RATE as CODEC_RATE
 from training.data import HELD_OUT, read_shard
 from training.features import FRAME, log_mel
@@ -94,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -20,13 +20,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipecat_qwen3.errors import program
+from training.data import HELD_OUT
+from training.evaluate_talker import held_out_groups
 from training.export import export
 from training.judge import Judge
 from training.rollouts import TEMPERATURE, Rollout, rollouts, tasks
 from training.rows import Batch, collate, plan, read_utterances, recut
 from training.steps import INTERRUPTED, Stop, rate, shards, there
-from training.talker_loss import TalkerLoss, total
-from training.train_talker import HELD_OUT, Trainer, held_out_groups, shared_options
+from training.talker_loss import TalkerLogits, total
+from training.train_talker import Trainer, shared_options
 
 CLIP = 0.2
 """A frame's probability may become so much larger or smaller before its advantage counts no more."""
@@ -46,7 +49,7 @@ class Reinforcer(Trainer):
 
     def begin_round(self) -> None:
         """Keep the talker that speaks in this round."""
-        self.before = TalkerLoss(copy.deepcopy(self.talker), self.heads, self.loss.books, False)
+        self.before = TalkerLogits(copy.deepcopy(self.talker), False)
         self.before.layer = self.loss.layer
 
     def reinforce(self, recorded: Batch, said: Batch, advantages: Tensor) -> dict[str, float]:
@@ -146,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

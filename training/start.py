@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pipecat_qwen3.checkpoint import Checkpoint, find
 from pipecat_qwen3.codec import CodecDecoder
 from pipecat_qwen3.codec_layers import CausalConv, CausalUpsample, ConvNeXt, LayerScale, ResidualUnit
+from pipecat_qwen3.errors import program
 from pipecat_qwen3.talker import Talker
 from training.codebooks import Codebooks
 from training.export import write
@@ -154,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

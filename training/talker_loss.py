@@ -56,15 +56,11 @@ def attention_layer(
     return reference.swiglu(x, weights, shape), scores[:, 0, 0].log_softmax(-1) if watched else None
 
 
-class TalkerLoss:
-    """The losses of one talker.
+class TalkerLogits:
+    """What one talker expects at each position of a batch."""
 
-    books [8, 512, 64]: the codebooks; they define the acoustic vector of a frame and the neighbours of a code.
-    """
-
-    def __init__(self, talker: Talker, heads: AuxiliaryHeads, books: Tensor, compiled: bool) -> None:
-        self.talker, self.heads, self.books = talker, heads, books
-        self.neighbours = torch.cdist(books[0], books[0]).argsort(1)[:, 1:7]
+    def __init__(self, talker: Talker, compiled: bool) -> None:
+        self.talker = talker
         self.layer: Callable[..., tuple[Tensor, Tensor | None]] = attention_layer
         if compiled:
             # The stack's sizes stay constants; as symbols they would keep the generated loops from being vectorised.
@@ -83,6 +79,41 @@ class TalkerLoss:
             log_attention = watched if index == watch else log_attention
         return reference.rms_norm(x, norm.weight, shape.norm_eps), log_attention
 
+    def _inputs(self, batch: Batch, codes: Tensor) -> Tensor:
+        """The talker's inputs [B,T,H]: text plus codec item plus the embeddings of the frame before."""
+        talker = self.talker
+        tables = talker.code_predictor.model.codec_embedding
+        x = talker.text(batch.text)
+        x = x + talker.model.codec_embedding(batch.codec.clamp(min=0)) * (batch.codec >= 0)[..., None]
+        frames = talker.model.codec_embedding(codes[..., 0])
+        for g, table in enumerate(tables, start=1):
+            frames = frames + table(codes[..., g])
+        index = batch.frame.clamp(min=0)[..., None].expand(-1, -1, frames.shape[-1])
+        return x + frames.gather(1, index) * (batch.frame >= 0)[..., None]
+
+    def code0_logits(self, batch: Batch) -> Tensor:
+        """Logits [labels, V] of code 0 at all labelled positions, row by row, from the codes as they are."""
+        talker = self.talker
+        x = self._inputs(batch, batch.codes)
+        with torch.autocast(batch.text.device.type, torch.bfloat16, enabled=self.autocast):
+            hidden, _ = self._stack(talker.model.layers, talker.model.norm, x, talker.config.shape.talker, -1)
+            return talker.codec_head(hidden[batch.label >= 0]).float()
+
+    autocast = True
+    """bfloat16 matrix products; tests switch it off."""
+
+
+class TalkerLoss(TalkerLogits):
+    """The losses of one talker.
+
+    books [8, 512, 64]: the codebooks; they define the acoustic vector of a frame and the neighbours of a code.
+    """
+
+    def __init__(self, talker: Talker, heads: AuxiliaryHeads, books: Tensor, compiled: bool) -> None:
+        super().__init__(talker, compiled)
+        self.heads, self.books = heads, books
+        self.neighbours = torch.cdist(books[0], books[0]).argsort(1)[:, 1:7]
+
     def _noisy(self, codes: Tensor) -> Tensor:
         """Codes [B,N,8] as the model itself might have spoken them."""
         b, n, count = codes.shape
@@ -97,18 +128,6 @@ class TalkerLoss:
         near = torch.where(chance < 0.1 * HISTORY_NOISE, other[..., 0], near)
         noisy[..., 0] = torch.where(chance < HISTORY_NOISE, near, codes[..., 0])
         return noisy
-
-    def _inputs(self, batch: Batch, codes: Tensor) -> Tensor:
-        """The talker's inputs [B,T,H]: text plus codec item plus the embeddings of the frame before."""
-        talker = self.talker
-        tables = talker.code_predictor.model.codec_embedding
-        x = talker.text(batch.text)
-        x = x + talker.model.codec_embedding(batch.codec.clamp(min=0)) * (batch.codec >= 0)[..., None]
-        frames = talker.model.codec_embedding(codes[..., 0])
-        for g, table in enumerate(tables, start=1):
-            frames = frames + table(codes[..., g])
-        index = batch.frame.clamp(min=0)[..., None].expand(-1, -1, frames.shape[-1])
-        return x + frames.gather(1, index) * (batch.frame >= 0)[..., None]
 
     def __call__(self, batch: Batch, noise: bool, guided: bool, share: float) -> dict[str, Tensor]:
         """Losses by name, each a mean: code0, end, guided, vector, phones [] and predictor [7]; accuracy [] is no loss.
@@ -148,17 +167,6 @@ class TalkerLoss:
             codes, states = codes[some], states[some]
         losses["predictor"] = self._predictor(codes, states)
         return losses
-
-    def code0_logits(self, batch: Batch) -> Tensor:
-        """Logits [labels, V] of code 0 at all labelled positions, row by row, from the codes as they are."""
-        talker = self.talker
-        x = self._inputs(batch, batch.codes)
-        with torch.autocast(batch.text.device.type, torch.bfloat16, enabled=self.autocast):
-            hidden, _ = self._stack(talker.model.layers, talker.model.norm, x, talker.config.shape.talker, -1)
-            return talker.codec_head(hidden[batch.label >= 0]).float()
-
-    autocast = True
-    """bfloat16 matrix products; tests switch it off."""
 
     def _guided(self, batch: Batch, log_attention: Tensor) -> Tensor:
         """-log of the attention that falls on the tokens of the word being spoken, over positions that have any."""

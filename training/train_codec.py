@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pipecat_qwen3.checkpoint import Checkpoint
+from pipecat_qwen3.errors import program
 from training import codec_loss, critic
 from training.crops import Crops, Piece
 from training.data import HELD_OUT
@@ -216,4 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

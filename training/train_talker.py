@@ -19,18 +19,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pipecat_qwen3.checkpoint import Checkpoint
+from pipecat_qwen3.errors import program
 from training.codebooks import Codebooks
 from training.composed import compose, composed
 from training.data import HELD_OUT
+from training.evaluate_talker import by_layout, held_out_groups
 from training.lexicon import Vocabulary
 from training.merges import forms
 from training.optimizers import optimizer
 from training.respelling import Respelling
-from training.rows import Batch, Choice, Utterance, collate, plan, read_utterances, recut
+from training.rows import Batch, Utterance, collate, plan, read_utterances, recut
 from training.spelling import read_spellings
 from training.steps import INTERRUPTED, Stop, load, rate, shards, there
 from training.talker_loss import AuxiliaryHeads, TalkerLoss, total
-from training.text import held_out
 
 AVERAGE = 0.9985
 """Decay a step of the averaged weights, which are what is exported."""
@@ -126,35 +127,13 @@ class Trainer:
                 for name, x in self.talker.state_dict().items():
                     self.average[name].lerp_(x, 1 - decay)
 
-    @torch.no_grad()
     def examine(self, groups: dict[str, list[Utterance]]) -> dict[str, float]:
-        """Losses of the averaged weights on held-out recordings, without noise: code 0 per group and layout, code 1."""
+        """Cross-entropy of code 0 by group and layout, with the averaged weights."""
         kept = {name: x.clone() for name, x in self.talker.state_dict().items()}
         self.talker.load_state_dict(self.average)
-        figures: dict[str, float] = {}
-        for name, utterances in groups.items():
-            for layout in ("whole", "streaming"):
-                found, weight = 0.0, 0
-                for begin in range(0, len(utterances), 30):
-                    part = utterances[begin : begin + 30]
-                    batch = collate(self.config, [Choice(u, layout, False) for u in part]).to(self.device)
-                    losses = self.loss(batch, noise=False, guided=False, share=0.0)
-                    found += losses["code0"].item() * len(part)
-                    weight += len(part)
-                figures[f"{name} {layout}"] = found / weight
+        figures = {name: x for group, us in groups.items() for name, x in by_layout(self.loss, group, us).items()}
         self.talker.load_state_dict(kept)
         return figures
-
-
-def held_out_groups(path: Path, tokenizer: Any) -> dict[str, list[Utterance]]:
-    """The held-out recordings, cut as when they are spoken: of known words, with unseen words, digits or in pairs."""
-    names = {"unseen": "unseen", "digits": "long", "pair": "long"}
-    groups = {text: names.get(group, "known") for group, text, _ in held_out()}
-    found: dict[str, list[Utterance]] = {name: [] for name in dict.fromkeys(groups.values())}
-    texts = load(path, ("texts", "codes"), "data with --codebooks", mmap=True)["texts"]
-    for text, utterance in zip(texts, read_utterances([path], tokenizer), strict=True):
-        found[groups[text]].append(utterance)
-    return {name: utterances for name, utterances in found.items() if utterances}
 
 
 def shared_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -235,4 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program(main)
