@@ -8,7 +8,7 @@
 The sentences are training/held_out.tsv: no training text holds any of them. Beside every figure stands the recogniser's
 own error on flite's recording of the same sentence (flite taught the voices slt and rms; needs its program). The result
 is a JSON with every utterance, in bench/results unless --json says where. It is written after every condition, and the
-same command goes on where it was stopped; flite's recordings are heard once for all runs.
+same command, or one with more --takes, goes on where it was stopped; flite's recordings are heard once for all runs.
 """
 
 import argparse
@@ -138,14 +138,15 @@ def loop(options: argparse.Namespace, path: Path, asr: str, hear: HearAll) -> No
         key |= setting
     spoken = unfinished(path, key)
     for how in conditions:
-        if str(how) in {s.condition for s in spoken}:
+        there = sum(s.condition == str(how) for s in spoken)
+        texts = (sentences * (options.takes if how.sampling == "own" else 1))[there:]
+        if not texts:
             continue
         began = time.monotonic()
-        texts = sentences * options.takes if how.sampling == "own" else sentences
         if backend is None:
             utterances = list(recorded(folder, texts, how.voice))
         else:
-            utterances = [audio_of(stream) for stream in speak(backend, [s.text for s in texts], how)]
+            utterances = [audio_of(stream) for stream in speak(backend, [s.text for s in texts], how, seed=there)]
         said = time.monotonic()
         spoken += listen(texts, utterances, hear, how, heard_of_flite(sentences, how.voice, hear, asr))
         print(f"{how}: spoken in {said - began:.0f} s, heard in {time.monotonic() - said:.0f} s", flush=True)
@@ -156,8 +157,12 @@ def loop(options: argparse.Namespace, path: Path, asr: str, hear: HearAll) -> No
 
 
 def unfinished(path: Path, key: dict[str, Any]) -> list[Spoken]:
-    """The utterances of a result with the same key, so that only what it lacks must be spoken."""
-    if not path.exists() or (record := json.loads(path.read_text())).get("key") != key:
+    """The utterances of a result with the same key, or of one with fewer takes: only what it lacks must be spoken."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    before = record.get("key", {})
+    if before | {"takes": 0} != key | {"takes": 0} or before.get("takes", 1) > key["takes"]:
         return []
     print(f"going on with {path}", flush=True)
     return [Spoken(**row) for row in record["utterances"]]

@@ -56,12 +56,14 @@ def read_sentences(count: int | None) -> list[Sentence]:
     return [sentences[i * len(sentences) // count] for i in range(count)]
 
 
-def speak(backend: LocalBackend, texts: Sequence[str], how: Condition, chunk: int = CHUNK_FRAMES) -> Iterator[Stream]:
-    """The stream of each text in turn, seeded by its number; the engine always has more to do meanwhile."""
+def speak(
+    backend: LocalBackend, texts: Sequence[str], how: Condition, chunk: int = CHUNK_FRAMES, seed: int = 0
+) -> Iterator[Stream]:
+    """The stream of each text in turn, with the seeds from `seed` on; the engine always has more to do meanwhile."""
     layout, greedy = cast(Layout, how.layout), how.sampling == "greedy"
     started: deque[Stream] = deque()
-    for seed, text in enumerate(texts):
-        request = Request(text, how.voice, layout=layout, seed=seed, greedy=greedy, ramp=(chunk,), ahead_s=None)
+    for number, text in enumerate(texts, seed):
+        request = Request(text, how.voice, layout=layout, seed=number, greedy=greedy, ramp=(chunk,), ahead_s=None)
         started.append(backend.speak(request))
         if len(started) > 2 * backend.max_batch:
             yield started.popleft()

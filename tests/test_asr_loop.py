@@ -102,7 +102,9 @@ def test_a_run_goes_on_where_it_was_stopped(
     first = run("--layouts", "whole")
     begun: list[str] = []
     speak = asr_loop.speak
-    monkeypatch.setattr(asr_loop, "speak", lambda b, texts, how: begun.append(str(how)) or speak(b, texts, how))
+    monkeypatch.setattr(
+        asr_loop, "speak", lambda b, texts, how, **seed: begun.append(str(how)) or speak(b, texts, how, **seed)
+    )
     both = run()
     assert begun == ["rms streaming greedy"]
     assert both["utterances"][:3] == first["utterances"]
@@ -128,6 +130,29 @@ def test_takes_are_sampled_with_other_seeds_and_greedy_speech_has_one(
     assert len(second) == 3
     assert not any(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
     assert len(found["utterances"]) == 9
+
+
+def test_more_takes_are_added_to_those_that_are_there(
+    run: Callable[..., dict], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoken: list[tuple[int, int]] = []
+    speak = asr_loop.speak
+
+    def counted(backend, texts, how, seed):
+        spoken.append((len(texts), seed))
+        return speak(backend, texts, how, seed=seed)
+
+    monkeypatch.setattr(asr_loop, "speak", counted)
+    arguments = ("--layouts", "whole", "--sampling", "own", "--takes")
+    two = run(*arguments, "2")
+    three = run(*arguments, "3")
+    assert spoken == [(6, 0), (3, 6)]
+    assert three["utterances"][:6] == two["utterances"]
+    assert three["key"]["takes"] == 3
+    assert run(*arguments, "3")["utterances"] == three["utterances"]
+    assert spoken == [(6, 0), (3, 6)]
+    run(*arguments, "1")
+    assert spoken[2:] == [(3, 0)]
 
 
 @pytest.mark.parametrize(
