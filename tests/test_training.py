@@ -23,7 +23,7 @@ from pipecat_qwen3.codec import CodecDecoder
 from pipecat_qwen3.prompt import Prompter, Voice
 from pipecat_qwen3.talker import Talker
 from pipecat_qwen3.text import encode
-from training import codec_loss, needs, steps, tokenizer
+from training import codec_loss, evaluate_talker, needs, steps, tokenizer
 from training.codebooks import Codebooks, fit, left
 from training.evaluate_talker import by_layout, held_out_groups
 from training.export import averaged, sharpened
@@ -118,6 +118,24 @@ def test_a_shards_figure_is_the_mean_of_all_its_labels(checkpoint: Checkpoint, t
         wanted = loss(collate(checkpoint.config, [Choice(said[-1], layout, False)]), False, False, 0.0)["code0"]
     assert alone[-1] == pytest.approx(33 * wanted.item(), rel=1e-5)
     assert by_layout(loss, "x", said)[f"x {layout}"] == pytest.approx(sum(alone) / sum(range(2, 34)), rel=1e-5)
+
+
+def test_shards_are_evaluated_by_their_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = torch.full((2,), 5, dtype=torch.int32)
+    each = {"codes": torch.zeros(10, 8), "phones": torch.zeros(10, 4), "words": torch.zeros(10)}
+    shard = {name: x.short() for name, x in each.items()} | {"texts": ["Hello.", "Bye."], "frames": frames}
+    paths = [tmp_path / folder / "0003.pt" for folder in ("old", "new")]
+    for path in paths:
+        path.parent.mkdir()
+        torch.save(shard | {"voices": torch.zeros(2, dtype=torch.uint8), "wave": frames}, path)
+    json_path = tmp_path / "figures" / "talker.json"
+    arguments = ["embedded", "--data", *map(str, paths), "--json", str(json_path)]
+    monkeypatch.setattr(sys, "argv", ["evaluate_talker", *arguments])
+    evaluate_talker.main()
+    [row] = json.loads(json_path.read_text())
+    assert row["checkpoint"] == "embedded"
+    assert list(row["code 0"]) == [f"{f}/0003 {layout}" for f in ("old", "new") for layout in ("whole", "streaming")]
+    assert row["code 0"]["old/0003 whole"] == row["code 0"]["new/0003 whole"] > 0
 
 
 def test_what_is_held_out_is_cut_as_the_engine_cuts_it(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -78,11 +78,12 @@ def main() -> None:
             if path.name == HELD_OUT:
                 groups |= held_out_groups(path, tokenizer)
             else:
-                groups[path.stem] = read_utterances([path], tokenizer)
+                groups[f"{path.parent.name}/{path.stem}"] = read_utterances([path], tokenizer)
         figures = {key: round(x, 4) for group, us in groups.items() for key, x in by_layout(logits, group, us).items()}
         rows.append({"checkpoint": Path(name).name, "code 0": figures})
         print(json.dumps(rows[-1]), flush=True)
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
