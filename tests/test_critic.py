@@ -50,12 +50,15 @@ def test_silence_is_judged_with_finite_gradients() -> None:
     assert waves.grad.isfinite().all()
 
 
-def trainer(run: Path, weight: float) -> Trainer:
+def trainer(run: Path, weight: float, listeners: int = 1) -> Trainer:
     run.mkdir(exist_ok=True)
-    torch.save(Listener().state_dict(), run / "listener.pt")
+    ears = [run / f"listener{number}.pt" for number in range(listeners)]
+    for path in ears:
+        if not path.exists():
+            torch.save(Listener().state_dict(), path)
     said = {"base": "embedded", "init": None, "seed": 0, "device": "cpu", "compile": False, "critic": weight}
     schedule = {"lr": 1e-3, "steps": 10, "warm": 1, "hold": 0.5}
-    return Trainer(argparse.Namespace(**said, **schedule, run=run, listener=run / "listener.pt"))
+    return Trainer(argparse.Namespace(**said, **schedule, run=run, listener=ears))
 
 
 def test_the_decoder_learns_otherwise_with_a_critic_which_a_later_run_takes_up(
@@ -75,3 +78,13 @@ def test_the_decoder_learns_otherwise_with_a_critic_which_a_later_run_takes_up(
     without, judged = (one.decoder.state_dict() for one in learnt)
     assert any(not torch.equal(x, judged[name]) for name, x in without.items())
     torch.testing.assert_close(trainer(tmp_path / "1.0", 1.0).critic.state_dict(), learnt[1].critic.state_dict())
+
+
+def test_what_several_listeners_hear_is_their_mean(tmp_path: Path) -> None:
+    both, some = trainer(tmp_path, 0.0, 2), torch.Generator().manual_seed(0)
+    first, second = (trainer(tmp_path, 0.0, 1), trainer(tmp_path, 0.0, 2))
+    made, wanted = smooth(some), rough(some)
+    second.listeners = second.listeners[1:]
+    apart = [one.heard(made, wanted) for one in (first, second)]
+    assert apart[0] != apart[1]
+    torch.testing.assert_close(both.heard(made, wanted), (apart[0] + apart[1]) / 2)

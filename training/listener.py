@@ -86,13 +86,15 @@ def share_right(listener: Listener, batches: list[Piece]) -> float:
 
 def main() -> None:
     """Train a listener; nothing is done where it is there already."""
-    options = fit_options(main.__doc__, 3000).parse_args()
+    parser = fit_options(main.__doc__, 3000)
+    parser.add_argument("--seed", type=int, default=0, help="another one hears a little differently")
+    options = parser.parse_args()
     if options.out.exists():
         return
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     listener = Listener()
-    crops = iter(DataLoader(Crops(shards(options.data)[:40], CROPS, FRAMES, 0.5, 0), batch_size=None))
+    crops = iter(DataLoader(Crops(shards(options.data)[:40], CROPS, FRAMES, 0.5, options.seed), batch_size=None))
     unseen = Crops([options.data[0] / HELD_OUT], CROPS, FRAMES, 0.5, 0)
     held_out = [unseen.draw() for _ in range(8)]
 

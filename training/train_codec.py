@@ -51,7 +51,7 @@ class Trainer:
             self.decoder.load_state_dict(begun["average"])
             self.mel_head.load_state_dict(begun["mel_head"])
         self.decoder.quantizer.requires_grad_(False)
-        self.listener = Listener.load(options.listener).to(self.device)
+        self.listeners = [Listener.load(path).to(self.device) for path in options.listener]
         self.parameters = [p for p in self.decoder.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [*self.parameters, *self.mel_head.parameters()],
@@ -102,7 +102,7 @@ class Trainer:
         with torch.no_grad():
             magnitudes = codec_loss.magnitudes(wanted, 1024, 240)[:, : codes.shape[2] * 8]
             target = codec_loss.log_mel(magnitudes, 1024, MELS)
-        apart = self.listener.difference(spectra(made), spectra(wanted))
+        apart = self.heard(made, wanted)
         expected = self.mel_head(latents.transpose(1, 2)).unflatten(-1, (2, MELS)).flatten(1, 2)
         trunk = (expected - target).abs().mean()
         said = {"loss": loss, "mel": mel, "heard": apart, "trunk": trunk}
@@ -122,6 +122,11 @@ class Trainer:
                 for name, x in self.decoder.state_dict().items():
                     self.average[name].lerp_(x, 1 - decay)
         return {name: x.item() for name, x in said.items()}
+
+    def heard(self, made: Tensor, wanted: Tensor) -> Tensor:
+        """How differently [] the listeners hear two waves [N, samples], on average."""
+        pair = spectra(made), spectra(wanted)
+        return torch.stack([listener.difference(*pair) for listener in self.listeners]).mean()
 
     def _criticise(
         self, made: Tensor, wanted: Tensor, expected: Tensor, felt: bool
@@ -148,7 +153,7 @@ class Trainer:
             made, _ = codec_loss.decode(self.decoder, codes.to(self.device))
             wanted = wanted.to(self.device)
             loss, mel = codec_loss.codec_loss(made, wanted)
-            apart = self.listener.difference(spectra(made), spectra(wanted))
+            apart = self.heard(made, wanted)
             sums += torch.tensor([loss.item(), mel.item(), apart.item()])
         self.decoder.load_state_dict(kept)
         return dict(zip(("loss", "mel", "heard"), (sums / len(batches)).tolist(), strict=True))
@@ -160,7 +165,9 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("data", type=there, nargs="+")
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--listener", type=there, required=True, help="what `python -m training.listener` wrote")
+    parser.add_argument(
+        "--listener", type=there, nargs="+", required=True, help="what `python -m training.listener` wrote"
+    )
     parser.add_argument("--init", type=there, help="a trainer's last.pt whose weights are the beginning")
     parser.add_argument("--critic", type=float, default=0.0, metavar="WEIGHT", help="of an adversary; 0 for none")
     parser.add_argument("--steps", type=int, default=15_000)
