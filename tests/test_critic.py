@@ -10,7 +10,7 @@ from torch import Tensor
 from training import critic
 from training.features import MELS
 from training.listener import Listener
-from training.train_codec import Trainer
+from training.train_codec import LISTENED, Trainer, counted
 
 EXPECTED = torch.zeros(2, 16, MELS)
 """What codes let expect of two pieces of two frames."""
@@ -88,3 +88,10 @@ def test_what_several_listeners_hear_is_their_mean(tmp_path: Path) -> None:
     apart = [one.heard(made, wanted) for one in (first, second)]
     assert apart[0] != apart[1]
     torch.testing.assert_close(both.heard(made, wanted), (apart[0] + apart[1]) / 2)
+
+
+@pytest.mark.parametrize(("apart", "pull"), [(0.8, 1.0), (1.0, 1.0), (2.0, 0.25), (10.0, 0.01)])
+def test_listeners_who_hear_no_speech_say_little(apart: float, pull: float) -> None:
+    heard = torch.tensor(apart, requires_grad=True)
+    counted(heard).backward()
+    torch.testing.assert_close(heard.grad, torch.tensor(LISTENED * pull))

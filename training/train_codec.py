@@ -30,10 +30,19 @@ AVERAGE = 0.999
 """Decay a step of the averaged weights, which are what is exported."""
 
 LISTENED = 1.0
-"""Weight of what the listener hears, beside the spectral loss."""
+"""Weight of what the listeners hear, beside the spectral loss, where they hear speech; see `counted`."""
 
 EXAMINED, HELD_CROPS = 500, 64
 """So many steps lie between two looks at so many pieces of the held-out recordings."""
+
+
+def counted(apart: Tensor) -> Tensor:
+    """What listeners who hear two waves so differently [] add to the loss [].
+
+    They know speech. Of the noise that an untrained decoder makes their opinion is strong and worth nothing: at full
+    weight from the first step on the decoder never found to speech. So beyond 1 it counts by the inverse square.
+    """
+    return LISTENED * apart / apart.detach().clamp(min=1).square()
 
 
 class Trainer:
@@ -106,7 +115,7 @@ class Trainer:
         expected = self.mel_head(latents.transpose(1, 2)).unflatten(-1, (2, MELS)).flatten(1, 2)
         trunk = (expected - target).abs().mean()
         said = {"loss": loss, "mel": mel, "heard": apart, "trunk": trunk}
-        total = loss + LISTENED * apart + 0.3 * (1 - self.step / options.steps) * trunk
+        total = loss + counted(apart) + 0.3 * (1 - self.step / options.steps) * trunk
         if options.critic:
             felt = options.critic * min(1.0, max(0.0, self.step / critic.WARM - 1))
             complaint, said["opinion"], said["mistakes"] = self._criticise(made, wanted, expected.detach(), felt > 0)
